@@ -1,0 +1,2260 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0 OR MIT
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["cryptography"]
+# ///
+"""pizauth: an OAuth2 token daemon for command-line mail programs.
+
+`pizauth server` holds access tokens in memory and keeps them fresh; `pizauth show ACCOUNT` prints one. This file is both.
+The vocabulary is that of RFC 6749 (OAuth 2.0), 7636 (PKCE) and 8252 (native applications).
+
+The state of an account, and what moves it:
+
+            show, refresh              code exchanged               refreshed
+    Empty ----------------> Pending -------------------> Active ----------------+
+      ^                        |                          |   ^                 |
+      |   refused, failed      |    refused for good,     |   +-----------------+
+      +------------------------+    or expired for good   |
+      +---------------------------------------------------+      (in the code, Empty is None)
+
+One authorization, step by step:
+
+ 1. `show work` finds Empty: Authenticator makes a Pending, with a fresh `state` and `code_verifier`, and answers its URL.
+ 2. The person opens the URL; the provider sends the browser to our redirect listener with that `state` and a `code`.
+ 3. Authenticator.redirected finds the Pending by its `state` and posts code and verifier to the token endpoint, in a child.
+ 4. The answer replaces Pending by Active; the browser, which waited, is told; `show work` prints the access token.
+ 5. Before the token expires a second child posts the refresh token, and the answer replaces Active by a new Active.
+
+The control protocol: a client of the Unix socket sends one request, `VERB ":" REST`, shuts down its half, and reads the
+reply to end of file: `KIND ":" TEXT`, or `error:` and a sentence. Authenticator.control answers it.
+
+One process, which never has a second thread, owns all state and waits in one place, Loop.run. Whatever may block is a forked
+child, which sees what it was forked with and at most writes bytes into a pipe. There are no timers: everything due is
+derived from the state (Authenticator.run_due, .deadline), so nothing has to be cancelled. A late outcome counts only if the
+token it belongs to is still in place.
+
+Sections: errors and records; configuration; OAuth 2.0 messages; wire formats; token states; Authenticator; Loop; what
+children do; the server; the client. Each uses only what stands above it. Start reading at main(), at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+
+TYPE_CHECKING = False  # `typing` would cost every `show` 2 ms; mypy takes this name for its own
+if TYPE_CHECKING:
+    import argparse, base64, difflib, errno, fcntl, gc, hashlib, html, json, re, resource, secrets
+    import selectors, signal, socket, syslog, time, traceback, urllib.parse
+    from collections.abc import Iterator, Mapping
+    from functools import partial
+    from typing import Any, Callable, NoReturn
+
+    Answer = Callable[[bytes], None]  # gives a peer its reply; used exactly once, now or on a later pass of the loop
+    Cancel = Callable[[], None]  # stops a token request whose outcome nobody wants any more
+
+
+def server_imports() -> None:
+    """Bind what only the server needs: `show`, which mail programs run at every login, must not pay
+    for it."""
+    global base64, difflib, errno, fcntl, gc, hashlib, html, json, re, resource, secrets
+    global selectors, signal, socket, syslog, time, traceback, urllib, partial
+    import base64, difflib, errno, fcntl, gc, hashlib, html, json, re, resource, secrets
+    import selectors, signal, socket, syslog, time, traceback, urllib.parse
+    from functools import partial
+
+
+VERSION = "0.1.0"
+
+# Lengths of time, in seconds.
+TOKEN_REQUEST_LIMIT = 30  # How long may one token request take in all, look-ups included?
+ANSWER_TIMEOUT = 10  # And how long may it wait for the next byte? Leaves time for IPv4 where IPv6 is a black hole.
+EXCHANGE_RETRY = 6  # How long after a failed code exchange is it tried again?
+BROWSER_PATIENCE = 10  # How long does a browser wait for the outcome before it is told to close the page?
+REFRESH_GAP = 1  # How far apart do refreshes of one account start, whoever asks?
+REMINDER_GAP = 1  # How far apart are reminders, when auth_notify_interval is 0s?
+LEAST_AGE = 10  # How old does a token get before it is refreshed, unless half its life is less?
+RETRY_AFTER_LIMIT = 3600  # How long may a server's Retry-After hold a refresh back?
+LIFE_LIMIT = 10 * 365 * 86400  # What expires_in is beyond belief?
+EXCHANGE_TIMEOUT = 10  # How long may a client take to send a request, and then to read the reply?
+LONGEST_SLEEP = 37  # How late may we notice that the machine was suspended? (poll does not count that time)
+PAUSE = 1  # How long is accepting paused when descriptors or memory have run out?
+SOCKET_CHECK = 60  # How often is the control socket looked at, when the loop is awake anyway?
+CLIENT_TIMEOUT = 60  # How long does a client wait for the server's next byte? (`shutdown` waits for its end)
+
+# Sizes, in bytes.
+ANSWER_LIMIT = 1 << 20  # of a token endpoint's answer
+REQUEST_LIMIT = 64 << 10  # of a control request
+HEAD_LIMIT = 16 << 10  # of the head of an HTTP request
+CHUNK = 64 << 10  # read or written at a time
+
+# Counts.
+EXCHANGE_TRIES = 10  # How often is a code exchange tried in all?
+CONNECTIONS = {"control": 256, "browser": 128}  # How many connections of each kind may be open?
+TOKEN_REQUESTS = (12, 16)  # How many may run at once: refreshes, and all? The rest is for people who wait.
+HOST_REQUESTS = (3, 4)  # And to one host?
+ACCEPTS = 32  # How many connections are accepted before others have their turn?
+READS = 4  # How often is one connection read before others have their turn?
+PORT_TRIES = 10  # How many ports are tried until both loopback families have the same one free?
+DESCRIPTORS = 1024  # The soft limit of descriptors: enough for all the above, and cheap to close in a child.
+
+ERROR, WARNING, INFO, DEBUG, TRACE = range(5)  # levels of the log; -v adds one
+
+
+# ---- Errors and records ----
+# An error holds a sentence for a person: which account or line, and what happened. Its class says
+# who reads it.
+
+
+class PizauthError(Exception):
+    """The root: main() prints it after `ERROR - ` and exits 1. Anything else that escapes is a bug."""
+
+
+class ConfigError(PizauthError):
+    """The configuration cannot be used; the first line says where and why, the rest shows the
+    place."""
+
+
+class RequestError(PizauthError):
+    """A control client asked for what cannot be done; it is answered `error:` and this."""
+
+
+class BadRequest(PizauthError):
+    """A browser sent what cannot be used; it is answered a page with this status and text."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class TokenError(PizauthError):
+    """The token endpoint gave no token."""
+
+
+class TransientError(TokenError):
+    """It was no OAuth answer, so the login is kept. `outage`: transport or status say that trying
+    again helps."""
+
+    def __init__(self, text: str, outage: bool = False, retry_after: float = 0) -> None:
+        super().__init__(text)
+        self.outage = outage
+        self.retry_after = retry_after
+
+
+class PermanentError(TokenError):
+    """The authorization server said no, in the words of RFC 6749 5.2."""
+
+
+class Record:
+    """Named fields: a subclass's annotations in their order, with its attributes as defaults.
+    Compared by identity."""
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        names = list(type(self).__annotations__)
+        fields = {**dict(zip(names, values)), **named}
+        missing = [name for name in names if name not in fields and not hasattr(type(self), name)]
+        if missing or len(values) > len(names) or not fields.keys() <= set(names):
+            raise TypeError(f"{type(self).__name__}: fields are {names}, missing {missing}")
+        self.__dict__.update(fields)
+
+
+def printable(text: str) -> str:
+    """The text without control characters and the like: what comes from outside must not drive a
+    terminal."""
+    return "".join(c for c in text if c.isprintable())
+
+
+# ---- Configuration ----
+# Text in, a Config or a ConfigError out; no file is opened here. The class docstring of Parser is
+# the grammar.
+
+
+class Account(Record):
+    """One account as configured, texts as written. The fields from auth_uri to token_uri are
+    security-relevant."""
+
+    name: str
+    auth_uri: str
+    auth_uri_fields: tuple[tuple[str, str], ...] = ()
+    client_id: str
+    client_secret: str | None = None
+    redirect_uri: str = "http://localhost/"
+    scopes: tuple[str, ...] = ()
+    token_uri: str
+    login_hint: str | None = None
+    refresh_at_least: int
+    refresh_before_expiry: int
+    refresh_retry: int
+
+    def redirect_uri_at(self, port: int) -> str:
+        """The redirect URI in normal form with our listener's port, whatever port is written in it
+        (RFC 8252 7.3)."""
+        return normal_uri(self.redirect_uri, port)
+
+
+class Config(Record):
+    """A whole configuration. Times are in seconds; a listener is the addresses it takes, the first
+    of them for sure."""
+
+    accounts: dict[str, Account]
+    auth_notify_cmd: str | None = None
+    auth_notify_interval: int = 15 * 60
+    error_notify_cmd: str | None = None
+    http_listen: tuple[tuple[str, int], ...] = (("127.0.0.1", 0), ("::1", 0))
+    https_listen: tuple[tuple[str, int], ...] = (("127.0.0.1", 0), ("::1", 0))
+    refresh_at_least: int = 90 * 60
+    refresh_before_expiry: int = 90
+    refresh_retry: int = 40
+    startup_cmd: str | None = None
+    token_event_cmd: str | None = None
+    transient_error_if_cmd: str | None = None
+
+
+class Token(Record):
+    """A lexical token: its kind (word, time, string, end, or the punctuation itself), text and
+    offset."""
+
+    kind: str
+    text: str
+    at: int
+
+    def __str__(self) -> str:
+        shown = self.text if len(self.text) <= 40 else self.text[:40] + "..."
+        return {"end": "the end of the file", "string": "a string"}.get(self.kind, f"'{printable(shown)}'")
+
+
+MANDATORY = ("auth_uri", "client_id", "token_uri")
+RESERVED_FIELDS = ("access_type", "client_id", "code_challenge", "code_challenge_method", "redirect_uri",
+                   "response_type", "scope", "state")  # fmt: skip
+RENAMED = {
+    "auth_error_cmd": "it is called error_notify_cmd now",
+    "refresh_retry_interval": "it is called refresh_retry now",
+    "not_transient_error_if": 'write transient_error_if_cmd = "! ..." instead: it exits 0 if the error is transient',
+}
+NOT_OURS = {
+    "#": "comments start with //",
+    "/": "comments start with //",
+    "'": "strings stand in double quotes",
+    "\u201c": 'strings stand in straight double quotes, "..."',
+    "\u201d": 'strings stand in straight double quotes, "..."',
+}
+A_TIME = "a time such as 90s, 15m, 2h or 1d"
+A_STRING = "a string in double quotes"
+
+
+def decode_config(data: bytes) -> str:
+    """The text of a configuration file; a byte order mark is skipped. Raises ConfigError where it
+    is not UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"line {line}: byte {data[error.start]:#04x} is not UTF-8: save the file as UTF-8") from None
+
+
+def parse(text: str) -> Config:
+    """The configuration that a text holds. Raises ConfigError with line, column, and the line
+    itself."""
+    return Parser(text).config()
+
+
+def config_error(text: str, at: int, message: str) -> ConfigError:
+    """The error at an offset: place and message, then that line (secrets starred) with a mark under
+    the culprit."""
+    hidden = re.sub(
+        r'(client_secret\s*=\s*")([^"\\]*(?:\\.[^"\\]*)*)',
+        lambda match: match[1] + re.sub(r"[^\n]", "*", match[2]),
+        text,
+        flags=re.DOTALL,
+    )
+    start = text.rfind("\n", 0, at) + 1
+    line, column = text.count("\n", 0, at) + 1, at - start + 1
+    window = max(start, at - 60)
+    before = hidden[window:at]
+    shown = re.sub(r"[^\t\x20-\x7e\xa0-\U0010ffff]", "?", before + hidden[at : at + 60].split("\n")[0])
+    margin = re.sub(r"[^\t]", " ", before)
+    return ConfigError(f"line {line}, column {column}: {message}\n    {shown}\n    {margin}^")
+
+
+def tokens(text: str) -> Iterator[Token]:
+    """The lexical tokens of a configuration, lazily, and last an `end`. Raises ConfigError at what
+    is none."""
+    lexicon = re.compile(
+        r"""(?P<blank>  [ \t\r\n]+ | //[^\n]* )
+          | (?P<time>   [0-9]+[smhd] (?!\w) )
+          | (?P<string> "[^"\\]*(?:\\["\\][^"\\]*)*" )
+          | (?P<word>   \w+ )
+          | [=,{}\[\];:]""",
+        re.VERBOSE,
+    )
+    at = 0
+    while at < len(text):
+        match = lexicon.match(text, at)
+        if match is None:
+            raise lexical_error(text, at)
+        if match.lastgroup != "blank":
+            yield Token(match.lastgroup or match[0], match[0], at)
+        at = match.end()
+    yield Token("end", "", at)
+
+
+def lexical_error(text: str, at: int) -> ConfigError:
+    """What is wrong at an offset where no token starts: half a string, or a character that has no
+    place here."""
+    if text[at] != '"':
+        hint = NOT_OURS.get(text[at])
+        character = printable(text[at]) or f"\\x{ord(text[at]):02x}"
+        return config_error(text, at, f"Unexpected '{character}'" + (f": {hint}" if hint else ""))
+    half = re.compile(r'"[^"\\]*(?:\\["\\][^"\\]*)*').match(text, at)
+    if half is None or half.end() == len(text):
+        return config_error(text, at, "This string is never closed: a double quote is missing")
+    message = r"Invalid escape: in a string write \\ for a backslash and \" for a double quote; there are no others"
+    return config_error(text, half.end(), message)
+
+
+def split_uri(uri: str) -> urllib.parse.SplitResult:
+    """The parts of an HTTP or HTTPS URI. Raises ValueError with a sentence if it is none."""
+    scheme, colon, _ = uri.partition(":")
+    if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        raise ValueError("Invalid URI: it must start with https:// or http://")
+    if scheme.lower() not in ("http", "https"):
+        raise ValueError(f"This is not a valid HTTP or HTTPS URI: it starts with {scheme}: instead of https:")
+    if re.search(r"[\x00-\x1f\x7f]|^ | $", uri):
+        raise ValueError("Invalid URI: there are blanks around it, or control characters in it")
+    if "#" in uri:
+        raise ValueError("URI fragments ('#...') are not allowed: leave out the '#' and what follows")
+    try:
+        parts = urllib.parse.urlsplit(uri)
+        host, _ = parts.hostname or "", parts.port
+        host.encode("ascii" if host.isascii() else "idna")
+    except ValueError as error:
+        raise ValueError(f"Invalid URI: {printable(str(error))}") from None
+    if "@" in parts.netloc:
+        raise ValueError("Invalid URI: a user name or password in it is not supported")
+    bracketed = parts.netloc.startswith("[") and re.fullmatch(r"[0-9a-f:.]*:[0-9a-f:.]*", host)
+    if not bracketed and not re.fullmatch(r"[^\s%:<>?\[\\\]^|]+", host):
+        raise ValueError("Invalid URI: its host is missing or misspelt; write it as https://HOST/PATH")
+    return parts
+
+
+def normal_uri(uri: str, port: int | None = None) -> str:
+    """A configured URI as it is sent: scheme and host in lower case, `/` for no path, no default
+    port; or another port."""
+    parts = split_uri(uri)
+    host = parts.hostname or ""
+    if not host.isascii():
+        host = host.encode("idna").decode()
+    host = f"[{host}]" if ":" in host else host
+    port = parts.port if port is None else port
+    default = {"http": 80, "https": 443}[parts.scheme]
+    place = host if port in (None, default) else f"{host}:{port}"
+    path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~|[]^")
+    query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~|[]^?")
+    return f"{parts.scheme}://{place}{path}" + (f"?{query}" if query else "")
+
+
+class Parser:
+    """A recursive-descent parser with one token of look-ahead and one method a production.
+
+    config  := { account | option }
+    account := "account" STRING "{" { option } "}"
+    option  := NAME "=" value ";"
+    value   := STRING | TIME | "none" | "off" | list | map
+    list    := "[" [ STRING { "," STRING } ] "]"
+    map     := "{" [ STRING ":" STRING { "," STRING ":" STRING } ] "}"
+    """
+
+    def __init__(self, text: str) -> None:
+        self.source = text
+        self.tokens = tokens(text)
+        self.token = next(self.tokens)
+
+    def error(self, token: Token, message: str) -> ConfigError:
+        return config_error(self.source, token.at, message)
+
+    def take(self, kind: str, wanted: str = "") -> Token:
+        """The token at hand, which must be of this kind; the next one is at hand then."""
+        token = self.token
+        if token.kind != kind:
+            raise self.error(token, f"Expected {wanted or repr(kind)}, not {token}")
+        self.token = next(self.tokens, token)
+        return token
+
+    def config(self) -> Config:
+        """config := { account | option }"""
+        accounts: dict[str, dict[str, Any]] = {}
+        places: dict[str, Token] = {}
+        values: dict[str, Any] = {}
+        while self.token.kind != "end":
+            if self.token.text == "account":
+                place, account = self.account()
+                if account["name"] in accounts:
+                    raise self.error(place, f"There is an account '{account['name']}' already: choose another name")
+                accounts[account["name"]], places[account["name"]] = account, place
+            else:
+                self.option(self.GLOBAL_OPTIONS, values)
+        config = Config(accounts, **values)
+        inherited = {option: getattr(config, option) for option in self.ACCOUNT_OPTIONS if hasattr(config, option)}
+        config.accounts = {name: Account(**{**inherited, **account}) for name, account in accounts.items()}
+        self.check_listeners(config, places)
+        return config
+
+    def check_listeners(self, config: Config, places: dict[str, Token]) -> None:
+        """Raise ConfigError if there is no account, or no listener for some account's redirect."""
+        if not config.accounts:
+            raise ConfigError('Must specify at least one account: account "NAME" { ... }')
+        if not config.http_listen and not config.https_listen:
+            raise ConfigError("Cannot set both http_listen and https_listen to 'none': the browser must reach one of them")
+        for name, account in config.accounts.items():
+            scheme = split_uri(account.redirect_uri).scheme
+            if not getattr(config, f"{scheme}_listen"):
+                message = f"Account {name} has an '{scheme}' redirect but the {scheme.upper()} server is set to 'none'"
+                raise self.error(places[name], f"{message}: change its redirect_uri or {scheme}_listen")
+
+    def account(self) -> tuple[Token, dict[str, Any]]:
+        """account := "account" STRING "{" { option } "}" """
+        self.take("word")
+        place = self.take("string", "the account's name, a string in double quotes")
+        self.take("{")
+        values: dict[str, Any] = {}
+        while self.token.kind != "}":
+            self.option(self.ACCOUNT_OPTIONS, values)
+        self.take("}")
+        for option in MANDATORY:
+            if option not in values:
+                raise self.error(place, f"{option} not specified: this account needs {option} = \"...\";")
+        if "login_hint" in values and "login_hint" in dict(values.get("auth_uri_fields", ())):
+            raise self.error(place, "Both login_hint and auth_uri_fields have a 'login_hint': keep the one in auth_uri_fields")
+        return place, {"name": unquoted(place), **values}
+
+    def option(self, readers: Mapping[str, Callable[[Parser], object]], values: dict[str, Any]) -> None:
+        """option := NAME "=" value ";" """
+        name = self.take("word", "the name of an option" + (" or '}'" if readers is self.ACCOUNT_OPTIONS else ""))
+        if name.text not in readers:
+            raise self.error(name, self.unknown(name.text, readers))
+        if name.text in values:
+            raise self.error(name, f"Mustn't specify '{name.text}' more than once")
+        self.take("=")
+        values[name.text] = readers[name.text](self)
+        self.take(";")
+
+    def unknown(self, name: str, readers: Mapping[str, Callable[[Parser], object]]) -> str:
+        """What to say of a name that is no option here."""
+        if name in RENAMED:
+            return f"Unknown option '{name}': {RENAMED[name]}"
+        if name in self.ACCOUNT_OPTIONS:
+            return f"Option '{name}' belongs into an account: account \"NAME\" {{ {name} = ...; }}"
+        if name in self.GLOBAL_OPTIONS:
+            return f"Option '{name}' is for all accounts: move it out of this account's braces"
+        block = self.token.kind in ("string", "{")
+        known = ["account"] if block else [*readers, *(() if readers is self.ACCOUNT_OPTIONS else ["account"])]
+        near = difflib.get_close_matches(name[:64].lower(), known, 1, 0.6)
+        hint = f": did you mean '{near[0]}'?" if near else f": they are {', '.join(sorted(known))}"
+        return f"Unknown {'block' if block else 'option'} '{name[:64]}'{hint}"
+
+    def string(self) -> str:
+        return unquoted(self.take("string", A_STRING))
+
+    def time(self) -> int:
+        """A TIME in seconds, which must fit into 64 bits."""
+        token = self.token
+        if token.kind == "word" and token.text[0].isdigit():
+            raise self.error(token, f"Invalid time {token}: write {A_TIME}")
+        self.take("time", A_TIME)
+        digits = token.text[:-1].lstrip("0")
+        seconds = int(digits[:21] or "0") * {"s": 1, "m": 60, "h": 3600, "d": 86400}[token.text[-1]]
+        if seconds >= 1 << 64:
+            raise self.error(token, f"Invalid time {token}: that is more than 64 bits of seconds")
+        return seconds
+
+    def uri(self) -> str:
+        token = self.take("string", A_STRING)
+        try:
+            normal_uri(unquoted(token))
+        except ValueError as error:
+            raise self.error(token, str(error)) from None
+        return unquoted(token)
+
+    def listen(self) -> tuple[tuple[str, int], ...]:
+        """Where a listener listens: `none`, `off`, or a STRING `HOST:PORT`."""
+        token = self.token
+        if token.text in ("none", "off"):
+            self.take("word")
+            return ()
+        address = unquoted(self.take("string", "\"HOST:PORT\" or none"))
+        match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s\[\]:/\"]+)):([0-9]{1,5})", address)
+        if match is None or int(match[3]) > 65535:
+            raise self.error(token, 'Not a listen address: write "HOST:PORT", for instance "127.0.0.1:0" or "[::1]:8080"')
+        return ((match[1] or match[2], int(match[3])),)
+
+    def strings(self) -> tuple[str, ...]:
+        """list := "[" [ STRING { "," STRING } ] "]" """
+        self.take("[", 'a list of strings, ["a", "b"]')
+        items = []
+        if self.token.kind != "]":
+            items.append(self.string())
+            while self.token.kind != "]":
+                self.take(",", "',' or ']'")
+                items.append(self.string())
+        self.take("]")
+        return tuple(items)
+
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """map := "{" [ STRING ":" STRING { "," STRING ":" STRING } ] "}", its keys none that we
+        send ourselves."""
+        self.take("{", 'a map of strings, {"key": "value"}')
+        items = []
+        if self.token.kind != "}":
+            items.append(self.pair())
+            while self.token.kind != "}":
+                self.take(",", "',' or '}'")
+                items.append(self.pair())
+        self.take("}")
+        return tuple(items)
+
+    def pair(self) -> tuple[str, str]:
+        """STRING ":" STRING"""
+        token = self.take("string", A_STRING)
+        key = unquoted(token)
+        if key in RESERVED_FIELDS:
+            raise self.error(token, f"'{key}' is a reserved key: pizauth sends that field itself")
+        self.take(":")
+        return key, self.string()
+
+    GLOBAL_OPTIONS = {
+        "auth_notify_cmd": string,
+        "auth_notify_interval": time,
+        "error_notify_cmd": string,
+        "http_listen": listen,
+        "https_listen": listen,
+        "refresh_at_least": time,
+        "refresh_before_expiry": time,
+        "refresh_retry": time,
+        "startup_cmd": string,
+        "token_event_cmd": string,
+        "transient_error_if_cmd": string,
+    }
+    ACCOUNT_OPTIONS = {
+        "auth_uri": uri,
+        "auth_uri_fields": pairs,
+        "client_id": string,
+        "client_secret": string,
+        "login_hint": string,
+        "redirect_uri": uri,
+        "refresh_at_least": time,
+        "refresh_before_expiry": time,
+        "refresh_retry": time,
+        "scopes": strings,
+        "token_uri": uri,
+    }
+
+
+def unquoted(token: Token) -> str:
+    """What a STRING token stands for."""
+    return re.sub(r'\\(["\\])', r"\1", token.text[1:-1])
+
+
+# ---- OAuth 2.0 messages ----
+# One pure function a message. They are built and judged here, and sent elsewhere: only post_form
+# knows HTTP.
+
+
+PASSING_ERRORS = ("temporarily_unavailable", "server_error", "slow_down")
+
+
+class AuthorizationResponse(Record):
+    """What the authorization server sends back by way of the browser (RFC 6749 4.1.2, 4.1.2.1)."""
+
+    state: str | None
+    code: str | None
+    error: str | None
+    error_description: str | None
+
+
+class TokenResponse(Record):
+    """A good answer of the token endpoint (RFC 6749 5.1); expires_in in seconds, None if it gave no
+    sensible one."""
+
+    access_token: str
+    expires_in: float | None
+    refresh_token: str | None
+
+
+def code_challenge(code_verifier: str) -> str:
+    """The S256 challenge of a verifier (RFC 7636 4.2)."""
+    digest = hashlib.sha256(code_verifier.encode()).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+def authorization_request(account: Account, state: str, code_verifier: str, redirect_uri: str) -> str:
+    """The URL that the person must visit (RFC 6749 4.1.1, RFC 7636 4.3)."""
+    fields = [
+        ("access_type", "offline"),
+        ("code_challenge", code_challenge(code_verifier)),
+        ("code_challenge_method", "S256"),
+        ("client_id", account.client_id),
+        ("redirect_uri", redirect_uri),
+        ("response_type", "code"),
+        ("state", state),
+        *([("scope", " ".join(account.scopes))] if account.scopes else []),
+        *account.auth_uri_fields,
+        *([("login_hint", account.login_hint)] if account.login_hint is not None else []),
+    ]
+    uri = normal_uri(account.auth_uri)
+    return uri + ("&" if "?" in uri else "?") + urllib.parse.urlencode(fields)
+
+
+def authorization_response(query: str) -> AuthorizationResponse:
+    """The authorization server's answer in a redirect's query; a parameter given twice is a
+    BadRequest (RFC 6749 3.1)."""
+    found: dict[str, str] = {}
+    for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
+        if name in found and name in AuthorizationResponse.__annotations__:
+            raise BadRequest(400, f"The address has more than one '{name}'.")
+        found[name] = value
+    return AuthorizationResponse(*map(found.get, AuthorizationResponse.__annotations__))
+
+
+def access_token_request(account: Account, code: str, code_verifier: str, redirect_uri: str) -> dict[str, str]:
+    """The form that exchanges a code for tokens (RFC 6749 4.1.3, RFC 7636 4.5)."""
+    form = {
+        "code": code,
+        "client_id": account.client_id,
+        "code_verifier": code_verifier,
+        "redirect_uri": redirect_uri,
+        "grant_type": "authorization_code",
+    }
+    return with_client_secret(form, account)
+
+
+def refresh_request(account: Account, refresh_token: str) -> dict[str, str]:
+    """The form that asks for a new access token (RFC 6749 6)."""
+    form = {"client_id": account.client_id, "refresh_token": refresh_token, "grant_type": "refresh_token"}
+    return with_client_secret(form, account)
+
+
+def with_client_secret(form: dict[str, str], account: Account) -> dict[str, str]:
+    """The form with the client's secret, if one is set, even if it is empty (RFC 6749 2.3.1)."""
+    return form if account.client_secret is None else {**form, "client_secret": account.client_secret}
+
+
+def without_secrets(text: str, form: dict[str, str]) -> str:
+    """A provider's message without the secrets of the form it may echo, and short enough to be
+    read."""
+    for field in ("code", "code_verifier", "refresh_token", "client_secret"):
+        for secret in {form.get(field, ""), urllib.parse.quote_plus(form.get(field, ""))}:
+            text = text.replace(secret, "...") if secret else text
+    return text
+
+
+def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes) -> bytes:
+    """What a child reports of a token request: status 0 means no answer, and the body says why.
+
+    `whole` tells whether the server told where its body ends (so that a body cut short cannot pass for it).
+    """
+    return f"{status} {retry_after} {whole:d}\n".encode() + body
+
+
+def token_response(outcome: bytes, form: dict[str, str]) -> TokenResponse:
+    """Judge what became of a token request. Raises TransientError or PermanentError, fit to be
+    shown to a person."""
+    head, _, body = outcome.partition(b"\n")
+    status, retry_after, whole = (float(word) for word in head.split())
+    if not status:
+        raise TransientError(without_secrets(printable(body.decode("utf-8", "replace")), form), outage=True)
+    if status in (408, 425, 429) or status >= 500:
+        raise TransientError(f"HTTP {status:.0f}{oauth_error(body, form)}", True, min(retry_after, RETRY_AFTER_LIMIT))
+    good = good_answer(answer_fields(body, bool(whole))) if 200 <= status < 300 else None
+    if good is not None:
+        return good
+    error = json_object(body).get("error")
+    message = f"HTTP {status:.0f}{oauth_error(body, form) or ', but no OAuth answer (a login page of the network?)'}"
+    if isinstance(error, str) and re.fullmatch(r"[!-~]+", error) and error not in PASSING_ERRORS:
+        raise PermanentError(message)
+    raise TransientError(message)
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body is; empty if it is none. Numbers are floats: a million digits
+    cost nothing then."""
+    try:
+        value = json.loads(body, parse_int=float)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def answer_fields(body: bytes, whole: bool) -> dict[str, Any]:
+    """The fields of an answer, which should be JSON but comes as a form from some providers, if it
+    is surely whole."""
+    fields = json_object(body)
+    if not fields and whole:
+        text = body.decode("ascii", "replace").strip()
+        fields = dict(urllib.parse.parse_qsl(text)) if re.fullmatch(r"[!-~]+", text) else {}
+    return fields
+
+
+def good_answer(answer: dict[str, Any]) -> TokenResponse | None:
+    """The tokens in an answer (RFC 6749 5.1), read with tolerance where honest providers differ;
+    None if it is no good."""
+    access_token, refresh_token = answer.get("access_token"), answer.get("refresh_token")
+    token_type = answer.get("token_type")
+    if not (isinstance(access_token, str) and re.fullmatch(r"[!-~]+", access_token)):
+        return None
+    if not (refresh_token is None or isinstance(refresh_token, str) and re.fullmatch(r"[!-~]*", refresh_token)):
+        return None
+    if not (token_type is None or isinstance(token_type, str) and token_type.lower() == "bearer"):
+        return None
+    return TokenResponse(access_token, sensible_life(answer.get("expires_in")), refresh_token or None)
+
+
+def sensible_life(expires_in: object) -> float | None:
+    """A token's life in seconds, given as number or text; None for what makes no sense."""
+    if isinstance(expires_in, bool) or not isinstance(expires_in, (str, float)):
+        return None
+    try:
+        seconds = float(expires_in)
+    except ValueError:
+        return None
+    return seconds if 0 < seconds <= LIFE_LIMIT else None
+
+
+def oauth_error(body: bytes, form: dict[str, str]) -> str:
+    """`: error: error_description` of an answer (RFC 6749 5.2), or nothing."""
+    answer = json_object(body)
+    words = [answer.get(field) for field in ("error", "error_description")]
+    return shown_error([without_secrets(word, form) for word in words if isinstance(word, str)])
+
+
+def shown_error(words: list[str]) -> str:
+    """An error and its description, for a person: a colon before each, no control characters, 500
+    characters at most."""
+    return "".join(f": {printable(word)}" for word in words if word)[:500]
+
+
+# ---- Wire formats ----
+# Bytes in; a value, None (more is needed), or an exception out. Pages are bytes out.
+
+
+class Head(Record):
+    """What matters of the head of an HTTP request: its target, which starts with `/`, and its Host."""
+
+    target: str
+    host: str
+
+
+STATUS_TEXTS = {
+    200: "OK",
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    413: "Content Too Large",
+    431: "Request Header Fields Too Large",
+}
+
+
+def until_eof(buffer: bytearray, eof: bool) -> bytes | None:
+    """A control request: all there is until end of file. Raises RequestError as soon as it is too
+    long."""
+    if len(buffer) > REQUEST_LIMIT:
+        raise RequestError(f"The request is longer than {REQUEST_LIMIT >> 10} KiB")
+    return bytes(buffer) if eof else None
+
+
+def http_head(buffer: bytearray, eof: bool) -> Head | None:
+    """The head of an HTTP/1.x GET request (RFC 9112). Raises BadRequest as soon as it is clear that
+    it is none."""
+    line_end = buffer.find(b"\n")
+    line = bytes(buffer[: line_end if line_end >= 0 else 32])
+    check_request_line(line, line_end >= 0)
+    ends = [end for end in (buffer.find(b"\n\r\n"), buffer.find(b"\n\n")) if end >= 0]
+    if min(ends, default=len(buffer)) > HEAD_LIMIT:
+        raise BadRequest(431, f"The request is longer than {HEAD_LIMIT >> 10} KiB.")
+    if not ends and eof and buffer:
+        raise BadRequest(400, "The request ended too soon.")
+    if not ends:
+        return None
+    return Head(line.split(b" ")[1].decode(), host_header(bytes(buffer[line_end + 1 : min(ends)])))
+
+
+def check_request_line(line: bytes, whole: bool) -> None:
+    """Raise BadRequest if a request line, or the start of one, is no GET with a target of our own."""
+    method, space, rest = line.partition(b" ")
+    if not re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{0,16}", method) or (space or whole) and not method:
+        raise BadRequest(400, "This is not an HTTP request.")
+    if space and method != b"GET":
+        raise BadRequest(405, "Only GET is answered here.")
+    if rest and not rest.startswith(b"/"):
+        raise BadRequest(400, "The request's target must be a path.")
+    if whole and not re.fullmatch(rb"GET /[!-\"$-~]* HTTP/1\.[0-9]\r?", line):
+        raise BadRequest(400, "This is not a request of HTTP/1.x.")
+
+
+def host_header(headers: bytes) -> str:
+    """The Host among the header lines, of which there must be exactly one. Raises BadRequest, also
+    for a body announced."""
+    hosts = []
+    for line in headers.split(b"\n"):
+        match = re.fullmatch(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r?", line)
+        if match is None:
+            raise BadRequest(400, "A header line is malformed.")
+        name, value = match[1].lower(), match[2].strip(b" \t")
+        if name == b"host":
+            hosts.append(value.decode("latin-1"))
+        if name == b"transfer-encoding" or name == b"content-length" and value != b"0":
+            raise BadRequest(413, "A request with a body is not answered here.")
+    if len(hosts) != 1:
+        raise BadRequest(400, "The request must have exactly one Host.")
+    return hosts[0]
+
+
+def redirect_matches(redirect_uri: str, scheme: str, head: Head) -> bool:
+    """Does a request arrive at this redirect URI (in normal form)? It may carry more query pairs,
+    but none less."""
+    expected = urllib.parse.urlsplit(redirect_uri)
+    path, _, query = head.target.partition("?")
+    host = re.sub(f":{80 if scheme == 'http' else 443}$", "", head.host.lower())
+    given = urllib.parse.parse_qsl(query, keep_blank_values=True)
+    wanted = urllib.parse.parse_qsl(expected.query, keep_blank_values=True)
+    return (
+        (expected.scheme, expected.netloc, expected.path) == (scheme, host, path)
+        and all(given.count(pair) >= wanted.count(pair) for pair in wanted)
+    )  # fmt: skip
+
+
+def page(status: int, text: str) -> bytes:
+    """A whole HTTP response that tells a person something. Whatever text came from outside is
+    escaped here."""
+    style = "body{font:1.1em/1.5 sans-serif;max-width:36em;margin:15vh auto;padding:0 1em;overflow-wrap:anywhere}"
+    body = (
+        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>pizauth</title><style>{style}</style><h1>pizauth</h1><p>{html.escape(printable(text))}</p></html>\n"
+    ).encode()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    headers = [
+        f"HTTP/1.1 {status} {STATUS_TEXTS[status]}",
+        "Content-Type: text/html; charset=utf-8",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+        "Cache-Control: no-store",
+        "Referrer-Policy: no-referrer",
+        "X-Content-Type-Options: nosniff",
+        f"Content-Security-Policy: default-src 'none'; style-src 'sha256-{digest}'; frame-ancestors 'none'",
+        *(["Allow: GET"] if status == 405 else []),
+    ]
+    return "\r\n".join([*headers, "", ""]).encode() + body
+
+
+def refusal(error: PizauthError) -> bytes:
+    """What a peer reads whose request was refused: a page for a browser, `error:` for a control
+    client."""
+    if isinstance(error, BadRequest):
+        return page(error.status, str(error))
+    return f"error:{error}".encode("utf-8", "replace")
+
+
+# ---- Token states ----
+# Records that Authenticator replaces when their meaning changes; the fields with a default are its
+# bookkeeping. Moments are by the clock that counts suspend. Empty is None.
+
+
+class Pending(Record):
+    """An authorization request is out; while `form` is set, its code is being exchanged."""
+
+    state: str
+    code_verifier: str
+    redirect_uri: str
+    url: str
+    remind_at: float
+    notified_at: float | None = None
+    form: dict[str, str] | None = None
+    tries: int = 0
+    retry_at: float | None = None
+    cancel: Cancel | None = None  # set while a token request runs
+    browsers: tuple[tuple[float, Answer], ...] = ()  # who waits for the outcome, and until when
+
+
+class Active(Record):
+    """There is an access token; it may have expired, and may or may not come with a refresh token."""
+
+    access_token: str
+    obtained_at: float
+    expires_at: float
+    refresh_token: str | None
+    not_before: float = 0  # the earliest start of the next refresh, whoever asks for it
+    wanted: bool = False  # did somebody ask for a refresh that could not start at once?
+    cancel: Cancel | None = None  # set while a refresh runs
+    attempted_at: float | None = None
+    failed_at: float | None = None
+    failures: int = 0  # in a row
+    retry_after: float = 0
+
+    def refresh_due(self, account: Account) -> float:
+        """When the next refresh starts, if none runs (the schedule that pizauth.conf(5) describes)."""
+        half_life = (self.expires_at - self.obtained_at) / 2
+        if self.wanted:
+            due = self.not_before
+        elif self.failed_at is not None:
+            due = self.failed_at + max(account.refresh_retry, self.retry_after)
+        else:
+            floor = self.obtained_at + min(LEAST_AGE, half_life)
+            due = max(self.expires_at - account.refresh_before_expiry, floor)
+            due = min(due, self.obtained_at + account.refresh_at_least)
+        return max(due, self.not_before)
+
+
+# ---- Authenticator ----
+# All state and every transition. It has no socket, process or clock of its own: time, token
+# requests and the log are given to it, and what it hears comes through control(), redirected(),
+# run_due() and the outcomes of the requests it asked for.
+
+
+SUPERSEDED = "This authorization request is void: there is a newer one, or the account has changed."
+NO_REFRESH_TOKEN = (
+    "the provider gave no refresh token, so you will have to authorise this account again when its access token expires;"
+    " what usually helps is the scope offline_access, or access_type=offline or prompt=consent in auth_uri_fields"
+)
+
+
+class Authenticator:
+    """The accounts' tokens and what may be done with them.
+
+    `post(uri, form, urgent, then)` starts a token request, calls `then(outcome)` on a later pass, and returns a Cancel.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        post: Callable[[str, dict[str, str], bool, Callable[[bytes], None]], Cancel],
+        log: Callable[[int, str], None],
+    ) -> None:
+        self.config = config
+        self.ports: dict[str, int | None] = {"http": None, "https": None}  # of the redirect listeners, by scheme
+        self.stopping = False
+        self._clock = clock
+        self._post = post
+        self._log = log
+        self._tokens: dict[str, Pending | Active | None] = dict.fromkeys(config.accounts)
+        self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last attempt failed
+        self._deadline: float | None = None
+        self._deadline_known = False
+
+    # What is due, and when.
+
+    def deadline(self) -> float | None:
+        """The moment at which run_due() next has something to do; None if nothing is scheduled."""
+        if not self._deadline_known:
+            self._deadline = min((moment for moment, *_ in self._appointments()), default=None)
+            self._deadline_known = True
+        return self._deadline
+
+    def run_due(self) -> None:
+        """Do everything that is due by now."""
+        now = self._clock.now()
+        moment = self.deadline()
+        if moment is None or moment > now:
+            return
+        for moment, act, name, token in list(self._appointments()):
+            if moment <= now and self._tokens.get(name) is token:
+                act(name, token)
+        self._rescheduled()
+
+    def _appointments(self) -> Iterator[tuple[float, Callable[..., None], str, Pending | Active]]:
+        """All that is scheduled: when, what, and for which token."""
+        for name, token in self._tokens.items():
+            if isinstance(token, Pending):
+                yield token.remind_at, self._remind, name, token
+                if token.retry_at is not None:
+                    yield token.retry_at, self._exchange, name, token
+                if token.browsers:
+                    yield token.browsers[0][0], self._let_browser_go, name, token
+            elif isinstance(token, Active) and token.refresh_token is None:
+                yield token.expires_at, self._expire, name, token
+            elif isinstance(token, Active) and token.cancel is None:
+                yield token.refresh_due(self.config.accounts[name]), self._refresh, name, token
+
+    def _rescheduled(self) -> None:
+        """Every change of what _appointments() yields ends here."""
+        self._deadline_known = False
+
+    # Transitions.
+
+    def _replace(self, name: str, token: Pending | Active | None, event: str | None, told: str) -> None:
+        """Put an account into another state: the only way to do so. Browsers that wait for the old
+        one are told why."""
+        old = self._tokens[name]
+        self._tokens[name] = token
+        self._rescheduled()
+        self._log(INFO, f"{name}: {'no token' if token is None else type(token).__name__.lower()}"
+                  + (f" ({event})" if event else ""))  # fmt: skip
+        if old is not None and old.cancel is not None:
+            old.cancel()
+        if isinstance(old, Pending):
+            for _, answer in old.browsers:
+                answer(page(200, told))
+
+    def _request_authorization(self, account: Account) -> Pending:
+        """Make a fresh authorization request and wait for the person to visit its URL."""
+        scheme = urllib.parse.urlsplit(account.redirect_uri).scheme
+        port = self.ports[scheme]
+        if port is None:
+            raise RequestError(f"Account '{account.name}' redirects to {scheme}, but no such listener runs")
+        state, code_verifier = secrets.token_urlsafe(32), secrets.token_urlsafe(64)
+        redirect_uri = account.redirect_uri_at(port)
+        url = authorization_request(account, state, code_verifier, redirect_uri)
+        pending = Pending(state, code_verifier, redirect_uri, url, remind_at=self._clock.now())
+        self._replace(account.name, pending, None, SUPERSEDED)
+        return pending
+
+    def _remind(self, name: str, pending: Pending) -> None:
+        """Remind the person of the URL; leaves the Pending in place, so that an exchange in flight
+        is not disturbed."""
+        now = self._clock.now()
+        pending.notified_at = now
+        pending.remind_at = now + max(self.config.auth_notify_interval, REMINDER_GAP)
+        self._rescheduled()
+
+    def _let_browser_go(self, name: str, pending: Pending) -> None:
+        """Answer the browser that has waited long enough for the outcome."""
+        (_, answer), *rest = pending.browsers
+        pending.browsers = tuple(rest)
+        self._rescheduled()
+        answer(page(200, "pizauth processing authentication: you can safely close this page."))
+
+    def _exchange(self, name: str, pending: Pending) -> None:
+        """Post the code (RFC 6749 4.1.3), for the first time or again."""
+        assert pending.form is not None
+        pending.tries += 1
+        pending.retry_at = None
+        uri = normal_uri(self.config.accounts[name].token_uri)
+        pending.cancel = self._post(uri, pending.form, True, partial(self._exchanged, name, pending))
+        self._rescheduled()
+
+    def _exchanged(self, name: str, pending: Pending, outcome: bytes) -> None:
+        """The token endpoint's answer to a code."""
+        if self._tokens.get(name) is not pending:
+            return  # revoked, reloaded or asked for anew while the request was in flight
+        assert pending.form is not None
+        pending.cancel = None
+        try:
+            response = token_response(outcome, pending.form)
+        except TransientError as error:
+            if not error.outage or pending.tries >= EXCHANGE_TRIES:
+                return self._not_authorized(name, str(error))
+            pending.retry_at = self._clock.now() + EXCHANGE_RETRY
+            self._rescheduled()
+            self._failed(name, f"Authentication for {name} failed: {error}", INFO)
+        except PermanentError as error:
+            self._not_authorized(name, str(error))
+        else:
+            self._obtained(name, response, response.refresh_token, "token_new")
+            if response.refresh_token is None:
+                self._log(WARNING, f"{name}: {NO_REFRESH_TOKEN}")
+
+    def _obtained(self, name: str, response: TokenResponse, refresh_token: str | None, event: str) -> None:
+        """A new access token takes the place of whatever was there."""
+        now, old = self._clock.now(), self._tokens[name]
+        life = response.expires_in or min(self.config.accounts[name].refresh_at_least, LIFE_LIMIT)
+        token = Active(response.access_token, now, now + life, refresh_token)
+        if isinstance(old, Active):
+            token.not_before = old.not_before
+        self._errors.pop(name, None)
+        self._replace(name, token, event, f"Account {name} is authorised: you can safely close this page.")
+
+    def _not_authorized(self, name: str, reason: str) -> None:
+        """The provider or the person said no, or there was no answer to be had."""
+        message = f"Authentication for {name} failed: {reason}"
+        self._replace(name, None, None, message)
+        self._failed(name, message, ERROR)
+
+    def _refresh(self, name: str, token: Active) -> None:
+        """Post the refresh token (RFC 6749 6)."""
+        assert token.refresh_token is not None
+        account, now = self.config.accounts[name], self._clock.now()
+        form = refresh_request(account, token.refresh_token)
+        token.wanted, token.attempted_at, token.not_before = False, now, now + REFRESH_GAP
+        token.cancel = self._post(
+            normal_uri(account.token_uri), form, False, partial(self._refreshed, name, token, form)
+        )
+        self._log(DEBUG, f"{name}: refreshing")
+        self._rescheduled()
+
+    def _refreshed(self, name: str, token: Active, form: dict[str, str], outcome: bytes) -> None:
+        """The token endpoint's answer to a refresh token."""
+        if self._tokens.get(name) is not token:
+            return  # revoked, reloaded or restored while the request was in flight
+        token.cancel = None
+        try:
+            response = token_response(outcome, form)
+        except TransientError as error:
+            token.failures += 1
+            token.failed_at, token.retry_after = self._clock.now(), error.retry_after
+            self._rescheduled()
+            self._failed(name, f"Refreshing {name} failed, and will be tried again: {error}", INFO)
+        except PermanentError as error:
+            message = f"Refreshing {name} failed: {error}"
+            self._replace(name, None, "token_invalidated", message)
+            self._failed(name, message, ERROR)
+        else:
+            self._obtained(name, response, response.refresh_token or token.refresh_token, "token_refreshed")
+
+    def _expire(self, name: str, token: Active) -> None:
+        """An access token without a refresh token has reached the end of its life."""
+        self._replace(name, None, "token_invalidated", "")
+
+    def _failed(self, name: str, message: str, level: int) -> None:
+        """Remember an account's failure for `status`, and tell it."""
+        self._errors[name] = (self._clock.now(), message)
+        self._log(level, message)
+
+    # The redirect listeners.
+
+    def redirected(self, scheme: str, head: Head, answer: Answer) -> None:
+        """Answer a browser, which may bring an authorization response."""
+        try:
+            self._redirected(scheme, head, answer)
+        except BadRequest as error:
+            self._log(DEBUG, f"A browser's request was refused: {error}")
+            answer(refusal(error))
+
+    def _redirected(self, scheme: str, head: Head, answer: Answer) -> None:
+        """The decision, in the order that keeps a stray or forged request from touching any state."""
+        response = authorization_response(head.target.partition("?")[2])
+        if response.state is None:
+            raise BadRequest(404, "There is nothing here.")
+        name, pending = self._pending_by_state(response.state)
+        if pending is None:
+            return answer(page(200, "No pending token matches request state: request a fresh token"))
+        if not redirect_matches(pending.redirect_uri, scheme, head):
+            raise BadRequest(404, "This is not the address that the account redirects to.")
+        if pending.form is None and response.error is not None:
+            reason = shown_error([response.error, response.error_description or ""])[2:] or "no reason given"
+            self._not_authorized(name, reason)
+            raise BadRequest(400, f"Authentication for {name} failed: {reason}")
+        if pending.form is None and not response.code:
+            raise BadRequest(400, "The address has no 'code': request a fresh token.")
+        pending.browsers += ((self._clock.now() + BROWSER_PATIENCE, answer),)
+        self._rescheduled()
+        if pending.form is None:
+            account, code = self.config.accounts[name], response.code or ""
+            pending.form = access_token_request(account, code, pending.code_verifier, pending.redirect_uri)
+            self._exchange(name, pending)
+
+    def _pending_by_state(self, state: str) -> tuple[str, Pending | None]:
+        """The account, if any, whose request has this state, found in a time that tells nothing
+        (RFC 6749 10.12)."""
+        wanted = state.encode()
+        for name, token in self._tokens.items():
+            if isinstance(token, Pending) and secrets.compare_digest(token.state.encode(), wanted):
+                return name, token
+        return "", None
+
+    # The control protocol: a method for each verb, their table, and the dispatch.
+
+    def _info(self, rest: bytes, answer: Answer) -> None:
+        ports = {f"{scheme}_port": str(port or "none") for scheme, port in self.ports.items()}
+        answer(json.dumps(ports).encode())
+
+    def _refresh_now(self, rest: bytes, answer: Answer) -> None:
+        """A refresh, or a fresh request where there is nothing to refresh; nobody waits for the
+        outcome."""
+        with_url, account = self._option_and_account(rest)
+        token = self._current(account.name)
+        if not isinstance(token, Active):
+            return answer(self._pending_reply(self._request_authorization(account), with_url))
+        if token.refresh_token is None:
+            until = self._clock.date(token.expires_at)
+            raise RequestError(f"'{account.name}' has no refresh token; its access token lasts until {until}")
+        self._refresh_wanted(account.name, token)
+        answer(b"scheduled:")
+
+    def _showtoken(self, rest: bytes, answer: Answer) -> None:
+        with_url, account = self._option_and_account(rest)
+        token = self._current(account.name)
+        if not isinstance(token, Active):
+            return answer(self._pending_reply(token or self._request_authorization(account), with_url))
+        if self._clock.now() < token.expires_at:
+            return answer(b"access_token:" + token.access_token.encode())
+        if token.cancel is not None:
+            raise RequestError("Access token has expired. Refreshing is in progress but has not yet succeeded")
+        self._refresh_wanted(account.name, token)
+        raise RequestError("Access token has expired. Refreshing initiated")
+
+    def _shutdown(self, rest: bytes, answer: Answer) -> None:
+        self.stopping = True  # and the client is let go when all has ended
+
+    def _status(self, rest: bytes, answer: Answer) -> None:
+        lines = [self._status_line(name) for name in sorted(self._tokens)]
+        answer(("ok:" + "\n".join(lines)).encode() if lines else b"error:No accounts configured")
+
+    _VERBS = {
+        b"info": _info,
+        b"refresh": _refresh_now,
+        b"showtoken": _showtoken,
+        b"shutdown": _shutdown,
+        b"status": _status,
+    }
+
+    def control(self, request: bytes, answer: Answer) -> None:
+        """Answer a control client's request."""
+        verb, colon, rest = request.partition(b":")
+        try:
+            if not colon or verb not in self._VERBS:
+                raise RequestError("Unknown request: is the client of another version than the server?")
+            self._VERBS[verb](self, rest, answer)
+        except RequestError as error:
+            self._log(WARNING, f"A control request was refused: {error}")
+            answer(refusal(error))
+
+    def _option_and_account(self, rest: bytes) -> tuple[bool, Account]:
+        """Split `OPTION NAME`: is the URL wanted, and which account?"""
+        option, _, raw = rest.partition(b" ")
+        name = raw.decode("utf-8", "replace")
+        if name not in self.config.accounts:
+            raise RequestError(f"No account '{printable(name)}'")
+        return option == b"withurl", self.config.accounts[name]
+
+    def _current(self, name: str) -> Pending | Active | None:
+        """An account's state now; a token that has expired for good is dropped first."""
+        token = self._tokens[name]
+        if isinstance(token, Active) and token.refresh_token is None and token.expires_at <= self._clock.now():
+            self._expire(name, token)
+        return self._tokens[name]
+
+    def _refresh_wanted(self, name: str, token: Active) -> None:
+        """Refresh as soon as may be, whatever the schedule or Retry-After say."""
+        if token.cancel is None:
+            token.wanted = True
+            self._rescheduled()
+            self.run_due()
+
+    def _pending_reply(self, pending: Pending, with_url: bool) -> bytes:
+        return b"pending:" + (pending.url.encode() if with_url else b"")
+
+    def _status_line(self, name: str) -> str:
+        """What `status` says of an account; never a token."""
+        token, date = self._tokens[name], self._clock.date
+        if token is None:
+            text = "No access token"
+        elif isinstance(token, Pending):
+            notified = token.notified_at
+            text = "Access token pending authentication"
+            text += "" if notified is None else f" (last notification {date(notified)})"
+        elif self._clock.now() < token.expires_at:
+            text = f"Active access token (obtained {date(token.obtained_at)}; expires {date(token.expires_at)})"
+        else:
+            tried = token.attempted_at
+            tried_text = "refresh not yet attempted" if tried is None else f"last refresh attempt {date(tried)}"
+            text = f"Access token expired ({tried_text})"
+        if name in self._errors:
+            at, error = self._errors[name]
+            text += f"; last error at {date(at)}: {error}"
+        return f"{printable(name)}: {text}"
+
+
+# ---- What children do ----
+# These run in forked children and may block. They see what they were forked with, and what they
+# return goes through a pipe.
+
+
+def run_child(work: Callable[[], bytes], pipe: int, limit: float) -> NoReturn:
+    """Be a child: let go of all that is the server's, write what work() returns into the pipe, and
+    end."""
+    try:
+        gc.freeze()  # a finaliser of the server's objects would close descriptors that are ours by then
+        gc.disable()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and an answer may hold a rotated token
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.alarm(int(limit) + 2)  # should the server be killed before it can kill us
+        os.closerange(3, pipe)  # a killed server's port and lock would live on in us
+        os.closerange(pipe + 1, DESCRIPTORS)
+        output = memoryview(work())
+        while output:
+            output = output[os.write(pipe, output) :]
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def post_form(uri: str, form: dict[str, str]) -> bytes:
+    """Runs in a child: post a form and return outcome_bytes(). A redirect is not followed: it would
+    carry secrets elsewhere."""
+    import http.client
+    import urllib.request
+
+    class NoRedirect(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_: Any) -> None:
+            return None
+
+    os.nice(10)  # the server answers mail programs meanwhile
+    headers = {"Accept": "application/json", "User-Agent": f"pizauth.py/{VERSION}"}
+    request = urllib.request.Request(uri, urllib.parse.urlencode(form).encode(), headers)
+    proxies = {} if is_loopback(uri) else urllib.request.getproxies_environment()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), NoRedirect)
+    try:
+        try:
+            response = opener.open(request, timeout=ANSWER_TIMEOUT)
+        except urllib.request.HTTPError as error:
+            response = error
+        with response:
+            body = response.read(ANSWER_LIMIT + 1)
+            length = response.headers.get("Content-Length")
+            if length is not None and len(body) < min(int(length), ANSWER_LIMIT):
+                raise http.client.IncompleteRead(body, int(length) - len(body))
+            whole = length is not None or response.headers.get("Transfer-Encoding", "").lower() == "chunked"
+            return outcome_bytes(response.status, retry_after(response.headers.get("Retry-After")), whole,
+                                 body if len(body) <= ANSWER_LIMIT else b"")  # fmt: skip
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        if isinstance(reason, http.client.IncompleteRead):
+            reason = "the answer was cut short"
+        return outcome_bytes(0, 0, False, f"no answer from {urllib.parse.urlsplit(uri).netloc}: {reason}".encode())
+
+
+def is_loopback(uri: str) -> bool:
+    """Is the host of a URI this machine? No proxy is asked then."""
+    host = urllib.parse.urlsplit(uri).hostname or ""
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", host) is not None
+
+
+def retry_after(value: str | None) -> float:
+    """The seconds that a Retry-After asks for, which may be a date (RFC 9110 10.2.3); 0 if it makes
+    no sense."""
+    from email.utils import parsedate_to_datetime
+
+    if value is None:
+        return 0
+    if re.fullmatch(r"[0-9]{1,9}", value.strip()):
+        return float(value)
+    try:
+        return max(0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
+# ---- Loop ----
+# The only place that waits, and the only place that forks. An Exchange that fails takes nothing
+# else with it.
+
+
+class Clock:
+    """The time: one clock that counts the time a machine is suspended, and the wall's. Tests have
+    their own."""
+
+    def __init__(self) -> None:
+        self._id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+    def now(self) -> float:
+        """Seconds since some moment, which nobody sets back."""
+        return time.clock_gettime(self._id)
+
+    def wall(self) -> float:
+        """Seconds since the epoch, as far as the machine knows."""
+        return time.time()
+
+    def date(self, moment: float) -> str:
+        """A moment of now() as local time, in the form of RFC 2822."""
+        seconds = self.wall() - self.now() + moment
+        return time.strftime("%a, %d %b %Y %H:%M:%S %z", time.localtime(seconds))
+
+
+class Exchange:
+    """One connection of either kind: reads a request, parks until it is answered, writes the reply, drains, closes.
+
+    `frame(buffer, eof)` gives the request, None if more is needed, or raises PizauthError; `respond(request, answer)` gets it.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        kind: str,
+        frame: Callable[[bytearray, bool], Any],
+        respond: Callable[[Any, Answer], None],
+    ) -> None:
+        self.loop, self.sock, self.kind = loop, sock, kind
+        self.frame, self.respond = frame, respond
+        self.state = "reading"
+        self.deadline: float | None = loop.clock.now() + EXCHANGE_TIMEOUT
+        self.watched = 0  # the events that the selector watches for
+        self.buffer = bytearray()
+        self.reply = memoryview(b"")
+        self.eof = False
+        loop.exchanges[kind][self] = None
+
+    def ready(self, _events: int = 0) -> None:
+        """Go on as far as the socket lets us; what goes wrong ends this exchange alone."""
+        try:
+            if self.state == "writing":
+                self._write()
+            elif self.state != "closed":
+                self._read()
+        except OSError:
+            self.close()  # the peer has gone
+        except Exception:  # a bug of ours, which must not end the daemon
+            self.loop.log(ERROR, "A request was dropped because of a bug: " + traceback.format_exc())
+            self.close()
+
+    def answer(self, reply: bytes) -> None:
+        """Send the reply and end; does nothing if the peer has gone meanwhile."""
+        if self.state in ("reading", "parked"):
+            self.state, self.reply = "writing", memoryview(reply)
+            self.deadline = self.loop.clock.now() + EXCHANGE_TIMEOUT
+            self.ready()
+
+    def close(self) -> None:
+        if self.state != "closed":
+            self.state = "closed"
+            self._watch(0)
+            self.sock.close()
+            self.loop.closed(self)
+
+    def _read(self) -> None:
+        """Take in what is there, but not for ever; what comes after the request is discarded."""
+        try:
+            for _ in range(READS):
+                data = self.sock.recv(CHUNK)
+                self.eof = not data
+                if self.state == "reading":
+                    self.buffer += data
+                    self._hand_on()
+                if self.eof or self.state not in ("reading", "draining"):
+                    break
+        except BlockingIOError:
+            pass  # that is all for now
+        if self.eof and self.state == "draining":
+            self.close()
+        elif self.state in ("reading", "draining") or self.state == "parked" and self.kind == "browser":
+            self._watch(0 if self.eof else selectors.EVENT_READ)
+        elif self.state == "parked":
+            self._watch(0)  # its end of file stays readable, and would spin
+
+    def _hand_on(self) -> None:
+        """Give the request to who answers it, once it is whole."""
+        try:
+            request = self.frame(self.buffer, self.eof)
+        except PizauthError as error:
+            return self.answer(refusal(error))
+        if request is not None:
+            self.state, self.deadline, self.buffer = "parked", None, bytearray()
+            self.respond(request, self.answer)
+        elif self.eof:
+            self.close()
+
+    def _write(self) -> None:
+        try:
+            while self.reply:
+                self.reply = self.reply[self.sock.send(self.reply[:CHUNK]) :]
+        except BlockingIOError:
+            return self._watch(selectors.EVENT_WRITE)
+        if self.eof:
+            return self.close()
+        self.state = "draining"  # closing while the peer still sends would throw our reply away
+        self.sock.shutdown(socket.SHUT_WR)
+        self._watch(selectors.EVENT_READ)
+
+    def _watch(self, events: int) -> None:
+        """Have the selector watch for these events; 0: for none."""
+        if events == self.watched:
+            return
+        if not events:
+            self.loop.selector.unregister(self.sock)
+        elif not self.watched:
+            self.loop.selector.register(self.sock, events, self.ready)
+        else:
+            self.loop.selector.modify(self.sock, events, self.ready)
+        self.watched = events
+
+
+class Listener:
+    """A listening socket. `exchange(sock)` makes the Exchange of a connection."""
+
+    def __init__(self, loop: Loop, sock: socket.socket, kind: str, exchange: Callable[[socket.socket], Exchange]) -> None:
+        self.loop, self.sock, self.kind, self.exchange = loop, sock, kind, exchange
+        sock.setblocking(False)
+        loop.selector.register(sock, selectors.EVENT_READ, self.ready)
+
+    def ready(self, _events: int) -> None:
+        for _ in range(ACCEPTS):
+            try:
+                sock, _address = self.sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self.loop.pause(self)
+                return  # else the peer has gone before we looked
+            sock.setblocking(False)
+            if self.loop.make_room(self.kind):
+                self.exchange(sock).ready()
+            else:
+                sock.close()
+
+    def pause(self) -> None:
+        self.loop.selector.unregister(self.sock)
+
+    def resume(self) -> None:
+        self.loop.selector.register(self.sock, selectors.EVENT_READ, self.ready)
+
+    def close(self) -> None:
+        if self.sock in self.loop.selector.get_map():
+            self.loop.selector.unregister(self.sock)
+        self.loop.paused.pop(self, None)
+        self.sock.close()
+
+
+class Child:
+    """A forked child: what it has written so far, and who waits for it. `then` is None once nobody
+    does."""
+
+    def __init__(self, loop: Loop, pid: int, pipe: int, limit: float, then: Callable[[int | None, bytes], None]) -> None:
+        self.loop, self.pid, self.pipe = loop, pid, pipe
+        self.deadline = loop.clock.now() + limit
+        self.then: Callable[[int | None, bytes], None] | None = then
+        self.output = bytearray()
+        loop.children[pid] = self
+        loop.selector.register(pipe, selectors.EVENT_READ, self.ready)
+
+    def ready(self, _events: int = 0) -> bool:
+        """Take in what the child has written; is there more to come?"""
+        if self.pipe < 0:
+            return False
+        try:
+            data = os.read(self.pipe, CHUNK)
+        except BlockingIOError:
+            return True
+        self.output += data
+        if not data:
+            self._close_pipe()
+        return bool(data)
+
+    def kill(self) -> None:
+        """End it without hearing from it; it is reaped when it has gone."""
+        self.then = None
+        self._close_pipe()
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it has just ended by itself
+
+    def expire(self) -> None:
+        """It has reached its limit: its owner hears so at once."""
+        then, self.then = self.then, None
+        self.kill()
+        if then is not None:
+            then(None, b"")
+
+    def reap(self) -> None:
+        """If it has ended, tell its owner how."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if not pid:
+            return
+        del self.loop.children[self.pid]
+        while self.ready():
+            pass  # nothing else holds the pipe's other end, so there is an end to this
+        self._close_pipe()
+        if self.then is not None:
+            self.then(os.waitstatus_to_exitcode(status), bytes(self.output))
+
+    def _close_pipe(self) -> None:
+        if self.pipe >= 0:
+            self.loop.selector.unregister(self.pipe)
+            os.close(self.pipe)
+            self.pipe = -1
+
+
+class TokenRequest(Record):
+    """A token request that waits for its turn or runs."""
+
+    uri: str
+    form: dict[str, str]
+    urgent: bool
+    then: Callable[[bytes], None]
+    child: Child | None = None
+
+    def host(self) -> str:
+        return urllib.parse.urlsplit(self.uri).netloc
+
+
+class Loop:
+    """Waits for sockets, children, signals and moments, and calls who waits for them."""
+
+    def __init__(self, clock: Clock, log: Callable[[int, str], None]) -> None:
+        self.clock, self.log = clock, log
+        self.selector = selectors.DefaultSelector()
+        self.exchanges: dict[str, dict[Exchange, None]] = {kind: {} for kind in CONNECTIONS}  # the oldest first
+        self.paused: dict[Listener, float] = {}
+        self.children: dict[int, Child] = {}
+        self.refused: list[Callable[[], None]] = []  # tells those whose child could not be forked
+        self.requests: list[TokenRequest] = []
+        self.signals = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        self.flags: set[int] = set()  # those that came
+        self.bell, self.rung = socket.socketpair()
+
+    # Signals: a handler adds to a set, and its byte on a socket pair ends the wait. The byte is a
+    # bell, not a message.
+
+    def catch_signals(self) -> None:
+        """From now on these signals are the loop's, blocked ones too (a mask survives exec)."""
+        for end in (self.bell, self.rung):
+            end.setblocking(False)
+        self.selector.register(self.rung, selectors.EVENT_READ, self._drain_bell)
+        signal.set_wakeup_fd(self.bell.fileno(), warn_on_full_buffer=False)
+        for number in self.signals:
+            signal.signal(number, lambda number, _frame: self.flags.add(number))
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    def _drain_bell(self, _events: int) -> None:
+        try:
+            self.rung.recv(CHUNK)
+        except BlockingIOError:
+            pass  # drained already
+
+    def _heed_signals(self, authenticator: Authenticator) -> None:
+        flags, self.flags = self.flags, set()  # taken first: a signal that comes from here on has its own turn
+        if signal.SIGCHLD in flags:
+            for child in list(self.children.values()):
+                child.reap()
+            self._start_requests()
+        if flags & {signal.SIGTERM, signal.SIGINT}:
+            authenticator.stopping = True
+
+    # The loop itself.
+
+    def run(self, authenticator: Authenticator, each_pass: Callable[[], None]) -> None:
+        """Serve until the authenticator is stopping."""
+        while not authenticator.stopping:
+            self._expire()
+            authenticator.run_due()
+            for key, events in self.selector.select(self.patience(authenticator)):
+                key.data(events)
+            self._heed_signals(authenticator)
+            each_pass()
+
+    def patience(self, authenticator: Authenticator) -> float | None:
+        """How long the loop may sleep; None: until somebody comes."""
+        moments = [*self._deadlines(), *self.paused.values()]
+        due = authenticator.deadline()
+        if due is not None:
+            moments.append(due)
+        if self.refused:
+            return 0
+        return max(0, min(LONGEST_SLEEP, min(moments) - self.clock.now())) if moments else None
+
+    def _deadlines(self) -> Iterator[float]:
+        for kind in self.exchanges.values():
+            yield from (exchange.deadline for exchange in kind if exchange.deadline is not None)
+        yield from (child.deadline for child in self.children.values() if child.then is not None)
+
+    def _expire(self) -> None:
+        """End what has reached its deadline, and tell those whose child could not be forked."""
+        now = self.clock.now()
+        for kind in self.exchanges.values():
+            for exchange in [e for e in kind if e.deadline is not None and e.deadline <= now]:
+                exchange.close()
+        for child in [c for c in self.children.values() if c.then is not None and c.deadline <= now]:
+            child.expire()
+        refused, self.refused = self.refused, []
+        for tell in refused:
+            tell()
+        for listener in [listener for listener, until in self.paused.items() if until <= now]:
+            self._resume(listener)
+
+    # Connections: a cap for each kind, and what happens when descriptors run out.
+
+    def make_room(self, kind: str) -> bool:
+        """May one more connection of this kind be served? At the cap, the one that has been reading
+        longest must go."""
+        exchanges = self.exchanges[kind]
+        if len(exchanges) < CONNECTIONS[kind]:
+            return True
+        victim = next((exchange for exchange in exchanges if exchange.state != "parked"), None)
+        victim = next((exchange for exchange in exchanges if exchange.state == "reading"), victim)
+        if victim is not None:
+            victim.close()
+        return victim is not None
+
+    def closed(self, exchange: Exchange) -> None:
+        """An exchange has ended, so that there is room again."""
+        del self.exchanges[exchange.kind][exchange]
+        for listener in list(self.paused):
+            self._resume(listener)
+
+    def pause(self, listener: Listener) -> None:
+        """Descriptors or memory have run out: accept no more until some are free, or a while has
+        passed."""
+        self.log(WARNING, "Out of descriptors or memory: accepting connections is paused")
+        listener.pause()
+        self.paused[listener] = self.clock.now() + PAUSE
+
+    def _resume(self, listener: Listener) -> None:
+        del self.paused[listener]
+        listener.resume()
+
+    # Children.
+
+    def fork(self, work: Callable[[], bytes], limit: float, then: Callable[[int | None, bytes], None]) -> Child | None:
+        """Run work() in a child; then(exit status, what work returned) once it has ended, on a later pass.
+
+        After `limit` seconds it is killed, and then(None, b""). If there can be no child: then(None, reason), and None returned.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)  # or one for the young child rings our bell
+        try:
+            reader, writer = os.pipe()
+            try:
+                pid = os.fork()
+            except OSError:
+                os.close(reader)
+                os.close(writer)
+                raise
+            if pid == 0:
+                run_child(work, writer, limit)
+        except OSError as error:
+            reason = f"cannot start another process: {error.strerror}"
+            if not self.refused:
+                self.log(ERROR, reason)
+            self.refused.append(partial(then, None, reason.encode()))
+            return None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
+        os.close(writer)
+        os.set_blocking(reader, False)
+        return Child(self, pid, reader, limit, then)
+
+    def post(self, uri: str, form: dict[str, str], urgent: bool, then: Callable[[bytes], None]) -> Cancel:
+        """Start a token request in a child as soon as there is a slot; code exchanges are urgent,
+        refreshes are not."""
+        request = TokenRequest(uri, form, urgent, then)
+        self.requests.append(request)
+        self._start_requests()
+        return partial(self._cancel, request)
+
+    def _cancel(self, request: TokenRequest) -> None:
+        if request in self.requests:
+            self.requests.remove(request)
+            if request.child is not None:
+                request.child.kill()
+
+    def _start_requests(self) -> None:
+        """Start what waits and has a slot, the urgent first; some slots are kept free for them."""
+        for request in sorted(self.requests, key=lambda request: not request.urgent):
+            running = [other for other in self.requests if other.child is not None]
+            to_host = [other for other in running if other.host() == request.host()]
+            if request.child is None and (
+                len(running) < TOKEN_REQUESTS[request.urgent] and len(to_host) < HOST_REQUESTS[request.urgent]
+            ):
+                work = partial(post_form, request.uri, request.form)
+                request.child = self.fork(work, TOKEN_REQUEST_LIMIT, partial(self._posted, request))
+                if request.child is None:
+                    self.requests.remove(request)
+
+    def _posted(self, request: TokenRequest, status: int | None, output: bytes) -> None:
+        if request in self.requests:
+            self.requests.remove(request)
+        if status != 0:
+            why = output.decode() or f"no answer from {request.host()} within {TOKEN_REQUEST_LIMIT} s"
+            why = why if status is None else f"the process that asked {request.host()} ended with status {status}"
+            output = outcome_bytes(0, 0, False, why.encode())
+        request.then(output)
+        self._start_requests()
+
+    def end(self) -> None:
+        """Kill the children and close every connection."""
+        for child in self.children.values():
+            child.kill()
+        for kind in self.exchanges.values():
+            for exchange in list(kind):
+                exchange.close()
+
+
+# ---- Paths and standard streams ----
+# What server and client share. A client needs nothing else of this file but ask(), so nothing here
+# imports anything dear.
+
+SOCKET_NAME = "pizauth.sock"
+
+
+def runtime_directory() -> str:
+    """The directory of the control socket."""
+    xdg = os.environ.get("XDG_RUNTIME_DIR")
+    if xdg:
+        return os.path.join(xdg, "pizauth")
+    import pwd
+
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        user = str(os.getuid())
+    return os.path.join(os.environ.get("TMPDIR") or "/tmp", f"runtime-{user}", "pizauth")
+
+
+def check_directory(path: str) -> None:
+    """Raise PizauthError unless a path is a directory, no symbolic link, and our user's: else it is
+    a trap."""
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        raise PizauthError(f"{path} is not a directory: move it out of the way")
+    if status.st_uid != os.getuid():
+        raise PizauthError(f"The directory {path} belongs to another user: refusing to use it")
+
+
+def complain(text: str) -> None:
+    """Write a message to standard error, whether or not it is open, in UTF-8."""
+    try:
+        write_all(2, text.encode("utf-8", "replace") + b"\n")
+    except OSError:
+        pass  # nobody listens
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of the data. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def put(data: bytes) -> None:
+    """Write to standard output, of which print() might make something else. Raises PizauthError."""
+    try:
+        write_all(1, data)
+    except OSError as error:
+        raise PizauthError(f"Cannot write to standard output: {error.strerror}") from None
+
+
+# ---- Server ----
+# Start-up goes from what is cheap to refuse to what others see: the directory, the lock, the
+# configuration, the sockets; then the terminal is let go, and what failed until then has been said
+# on it.
+
+
+class Log:
+    """Called with a level and a message; messages above the verbosity are dropped."""
+
+    NAMES = ("ERROR", "WARNING", "INFO", "DEBUG", "TRACE")
+
+    def __init__(self, verbosity: int) -> None:
+        self.verbosity = verbosity
+        self.to_syslog = False
+
+    def __call__(self, level: int, message: str) -> None:
+        for line in message.splitlines() if level <= self.verbosity else []:
+            if self.to_syslog:
+                priority = (syslog.LOG_ERR, syslog.LOG_WARNING, syslog.LOG_INFO, syslog.LOG_DEBUG, syslog.LOG_DEBUG)[level]
+                syslog.syslog(priority, printable(line))
+            else:
+                complain(f"{self.NAMES[level]} - {printable(line)}")
+
+    def use_syslog(self) -> None:
+        """From now on messages go to syslog; where none runs they are lost, which is no error."""
+        syslog.openlog("pizauth", syslog.LOG_PID, syslog.LOG_USER)
+        self.to_syslog = True
+
+
+def config_path(given: str | None) -> str:
+    """Where the configuration is, given or by the XDG rules."""
+    if given is not None:
+        return given
+    xdg = os.environ.get("XDG_CONFIG_HOME")
+    return os.path.join(xdg or os.path.join(os.path.expanduser("~"), ".config"), "pizauth.conf")
+
+
+def load_config(path: str) -> Config:
+    """Read and parse a configuration file. Raises PizauthError with the path."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        raise PizauthError(f"No config file found at {path}") from None
+    except OSError as error:
+        raise PizauthError(f"Cannot read the configuration {path}: {error.strerror}") from None
+    try:
+        return parse(decode_config(data))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def make_runtime_directory() -> str:
+    """The directory of our socket, made if need be; refused unless it and what we made above it are
+    ours alone."""
+    directory = runtime_directory()
+    ours = [directory] if os.environ.get("XDG_RUNTIME_DIR") else [os.path.dirname(directory), directory]
+    for path in ours:
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise PizauthError(f"Cannot make the directory {path}: {error.strerror}") from None
+        check_directory(path)
+        try:
+            os.chmod(path, 0o700)
+        except OSError as error:
+            raise PizauthError(f"Cannot make the directory {path} private: {error.strerror}") from None
+    return directory
+
+
+def take_lock(directory: str) -> int:
+    """A descriptor that holds the lock on being the server. Raises PizauthError if another one is,
+    locked or not."""
+    path = os.path.join(directory, "pizauth.lock")
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        keep_from_sweepers(path)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PizauthError("pizauth authenticator already running") from None
+    except OSError as error:
+        raise PizauthError(f"Cannot lock {path}: {error.strerror}") from None
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(os.path.join(directory, SOCKET_NAME))
+        except OSError:
+            return lock  # nobody answers: no socket, or one that a killed server left behind
+    raise PizauthError("pizauth authenticator already running")
+
+
+def keep_from_sweepers(path: str) -> None:
+    """Set the sticky bit, which tells cleaners of runtime directories to leave a file alone."""
+    try:
+        os.chmod(path, 0o1600)
+    except OSError:
+        pass  # the BSDs keep that bit for root
+
+
+def bind_control(path: str) -> socket.socket:
+    """The control socket, which only its user can open, in place of one that nobody serves."""
+    sock = socket.socket(socket.AF_UNIX)
+    umask = os.umask(0o077)
+    try:
+        if os.path.lexists(path):
+            os.unlink(path)
+        sock.bind(path)
+        sock.listen(CONNECTIONS["control"])
+    except OSError as error:
+        sock.close()
+        raise PizauthError(f"Cannot listen on {path}: {error.strerror or error}") from None
+    finally:
+        os.umask(umask)
+    keep_from_sweepers(path)
+    return sock
+
+
+def bind_redirect(option: str, addresses: tuple[tuple[str, int], ...]) -> list[socket.socket]:
+    """The sockets of a redirect listener, all with one port; only the first address must be had."""
+    (host, port), *others = addresses
+    for attempt in range(PORT_TRIES):
+        try:
+            first = bind_inet(host, port)
+        except OSError as error:
+            raise PizauthError(f"Cannot listen on {option} \"{host}:{port}\": {error.strerror or error}") from None
+        sockets = [first]
+        try:
+            sockets += [bind_inet(other, first.getsockname()[1]) for other, _ in others]
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and attempt < PORT_TRIES - 1:
+                first.close()
+                continue  # a stranger has our port on the other family, and would get our redirects
+        return sockets
+    raise AssertionError("the last attempt returns or raises")
+
+
+def bind_inet(host: str, port: int) -> socket.socket:
+    """A TCP socket that listens. Raises OSError."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen(CONNECTIONS["browser"])
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+class Server:
+    """The daemon: the loop, the authenticator and the sockets between them."""
+
+    def __init__(self, path: str, verbosity: int) -> None:
+        self.log = Log(verbosity)
+        self.clock = Clock()
+        limit_resources()
+        self.directory = make_runtime_directory()
+        self.lock = take_lock(self.directory)
+        config = load_config(path)
+        self.loop = Loop(self.clock, self.log)
+        self.authenticator = Authenticator(config, self.clock, self.loop.post, self.log)
+        self.listeners: list[Listener] = []
+        self.listen_to_browsers(config)
+        self.control_path = os.path.join(self.directory, SOCKET_NAME)
+        self.listen_to_clients()
+
+    def listen_to_browsers(self, config: Config) -> None:
+        for sock in bind_redirect("http_listen", config.http_listen) if config.http_listen else []:
+            self.authenticator.ports["http"] = sock.getsockname()[1]
+            self.listeners.append(Listener(self.loop, sock, "browser", self.browser_exchange))
+
+    def listen_to_clients(self) -> None:
+        """Bind the control socket; remember which one is ours."""
+        self.control = Listener(self.loop, bind_control(self.control_path), "control", self.control_exchange)
+        self.control_inode = os.lstat(self.control_path).st_ino
+        self.control_checked = self.clock.now()
+
+    def control_exchange(self, sock: socket.socket) -> Exchange:
+        return Exchange(self.loop, sock, "control", until_eof, self.authenticator.control)
+
+    def browser_exchange(self, sock: socket.socket) -> Exchange:
+        return Exchange(self.loop, sock, "browser", http_head, partial(self.authenticator.redirected, "http"))
+
+    def check_socket(self) -> None:
+        """Once a minute, when awake anyway: make the control socket anew if it was swept away; end
+        if it is another's."""
+        if self.clock.now() < self.control_checked + SOCKET_CHECK:
+            return
+        self.control_checked = self.clock.now()
+        try:
+            if os.lstat(self.control_path).st_ino == self.control_inode:
+                return
+            self.log(ERROR, f"Another server has taken over {self.control_path}: this one ends")
+            self.authenticator.stopping = True
+        except FileNotFoundError:
+            self.log(WARNING, f"{self.control_path} is gone: making it anew")
+            self.control.close()
+            make_runtime_directory()
+            self.listen_to_clients()
+
+    def run(self, ready: Callable[[], None] = lambda: None) -> int:
+        """Serve until told to stop, then leave nothing behind; ready() is called when clients are
+        answered."""
+        self.loop.catch_signals()
+        self.log(INFO, f"Serving {len(self.authenticator.config.accounts)} accounts on {self.control_path}")
+        ready()
+        self.loop.run(self.authenticator, self.check_socket)
+        self.end()
+        return 0
+
+    def end(self) -> None:
+        """Close the sockets, release the lock, and last let go the clients that wait, `shutdown`
+        among them."""
+        self.log(INFO, "Stopping")
+        for listener in [self.control, *self.listeners]:
+            listener.close()
+        try:
+            if os.lstat(self.control_path).st_ino == self.control_inode:
+                os.unlink(self.control_path)
+        except FileNotFoundError:
+            pass  # swept away
+        os.close(self.lock)
+        self.loop.end()
+
+
+def daemonise(server: Server) -> int:
+    """Run a server in a child that has let go of the terminal; 0 once it answers clients."""
+    reader, writer = os.pipe()
+    if os.fork():
+        os.close(writer)
+        if os.read(reader, 1):
+            return 0
+        raise PizauthError("The server ended before it could answer")
+    os.close(reader)
+    os.setsid()
+
+    def ready() -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in range(3):  # or `$(pizauth server)` would wait for us
+            os.dup2(null, standard)
+        os.close(null)
+        server.log.use_syslog()
+        os.write(writer, b"!")
+        os.close(writer)
+
+    return server.run(ready)
+
+
+def limit_resources() -> None:
+    """No core file may hold tokens; and the descriptors that our own limits need, but no more."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# ---- Client and command line ----
+# A client is one ask(). It speaks through _socket, the half of `socket` that is C, and a plain
+# `show ACCOUNT` is answered before argparse is imported: together they would cost `show` 3 ms, a
+# quarter of the interpreter's own start.
+
+
+def ask(request: bytes) -> bytes:
+    """The server's reply to one request. Raises PizauthError if there is no server, or somebody
+    else's."""
+    import _socket
+
+    directory = runtime_directory()
+    reply = bytearray()
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        check_directory(directory)  # else whoever made it would be handed our requests, dumps among them
+        sock.settimeout(CLIENT_TIMEOUT)
+        sock.connect(os.path.join(directory, SOCKET_NAME))
+        try:
+            sock.sendall(request)
+            sock.shutdown(_socket.SHUT_WR)
+        except BrokenPipeError:
+            pass  # the server has answered before it read everything
+        while data := sock.recv(CHUNK):
+            reply += data
+    except OSError:
+        raise PizauthError("pizauth authenticator not running or not responding") from None
+    finally:
+        sock.close()
+    return bytes(reply)
+
+
+def asked(verb: bytes, rest: bytes = b"") -> tuple[bytes, str]:
+    """The kind and the text of the reply to a request. Raises PizauthError if it is an error, or
+    there is no token yet."""
+    kind, colon, raw = ask(verb + b":" + rest).partition(b":")
+    text = raw.decode("utf-8", "replace")
+    if kind == b"error":
+        raise PizauthError(text)
+    if kind == b"pending":
+        raise PizauthError(f"Access token unavailable until authorised with URL {text}".rstrip())
+    if not colon:
+        raise PizauthError("The server gave no answer that makes sense: is it of another version?")
+    return kind, text
+
+
+def about_account(verb: bytes, options: argparse.Namespace) -> str:
+    """The text of the reply to a request about an account."""
+    word = b"withouturl " if options.without_url else b"withurl "
+    return asked(verb, word + os.fsencode(options.account))[1]
+
+
+def plain_show(account: str) -> int:
+    """`show ACCOUNT`, as mail programs call it."""
+    _, token = asked(b"showtoken", b"withurl " + os.fsencode(account))
+    put(token.encode() + b"\n")
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    put(about_account(b"showtoken", options).encode() + b"\n")
+    return 0
+
+
+def refresh(options: argparse.Namespace) -> int:
+    about_account(b"refresh", options)
+    return 0
+
+
+def status(options: argparse.Namespace) -> int:
+    put(asked(b"status")[1].encode() + b"\n")
+    return 0
+
+
+def shutdown(options: argparse.Namespace) -> int:
+    ask(b"shutdown:")
+    return 0
+
+
+def info(options: argparse.Namespace) -> int:
+    """Where things are, and what the running server says of itself; no server is no error."""
+    import json
+
+    try:
+        server_info = json.loads(ask(b"info:"))
+    except (PizauthError, ValueError):
+        server_info = None
+    cache, config, name = runtime_directory(), config_path(options.config), os.path.basename(sys.argv[0])
+    if options.json:
+        about = {
+            "cache_directory": cache,
+            "config_file": config,
+            "executed_as": sys.argv[0],
+            "info_format_version": 2,
+            "pizauth_version": VERSION,
+            "server_running": server_info is not None,
+            **({} if server_info is None else {"server_info": server_info}),
+        }
+        put(json.dumps(about, indent=2).encode() + b"\n")
+        return 0
+    lines = [f"{name} version {VERSION}:", f"  cache directory: {cache}", f"  config file: {config}"]
+    lines.append("server not running" if server_info is None else "server running:")
+    titles = {"http_port": "HTTP port", "https_port": "HTTPS port"}
+    lines += [f"  {titles[key]}: {server_info[key]}" for key in titles if server_info and key in server_info]
+    put("\n".join([*lines, ""]).encode("utf-8", "surrogateescape"))
+    return 0
+
+
+def server(options: argparse.Namespace) -> int:
+    """Run the daemon, in the foreground with -d, else in a child whose word is waited for."""
+    server_imports()
+    daemon = Server(config_path(options.config), min(options.verbose, TRACE))
+    return daemon.run() if options.foreground else daemonise(daemon)
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, ...]]] = {
+    "info": (info, "print where things are and what the server says of itself", ("-c", "-j")),
+    "refresh": (refresh, "ask for a new access token now", ("-u", "account")),
+    "server": (server, "start the server", ("-c", "-d")),
+    "show": (show, "print an access token", ("-u", "account")),
+    "shutdown": (shutdown, "stop the server", ()),
+    "status": (status, "print a line about each account", ()),
+}
+ARGUMENTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "account": (("account",), {"metavar": "ACCOUNT", "help": "an account of the configuration"}),
+    "-c": (("-c", "--config"), {"metavar": "FILE", "help": "the configuration file"}),
+    "-d": (("-d",), {"dest": "foreground", "action": "store_true", "help": "stay in the foreground"}),
+    "-j": (("-j",), {"dest": "json", "action": "store_true", "help": "print JSON"}),
+    "-u": (("-u",), {"dest": "without_url", "action": "store_true", "help": "leave the URL out of the error"}),
+    "-v": (("-v",), {"dest": "verbose", "action": "count", "default": 0, "help": "log more; up to four times"}),
+}
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of the command line; wrong usage exits 1."""
+    import argparse
+
+    class Usage(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            complain(f"{self.format_usage()}{self.prog}: {message}")
+            raise SystemExit(1)
+
+    parser = Usage(prog="pizauth", description="OAuth2 access tokens for command-line mail programs", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"pizauth {VERSION}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (function, text, arguments) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(function=function)
+        for argument in (*arguments, "-v"):
+            flags, details = ARGUMENTS[argument]
+            command.add_argument(*flags, **details)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; the exit status."""
+    try:
+        if len(arguments) == 2 and arguments[0] == "show" and not arguments[1].startswith("-"):
+            return plain_show(arguments[1])
+        options = command_line().parse_args(arguments)
+        function: Callable[[argparse.Namespace], int] = options.function
+        return function(options)
+    except PizauthError as error:
+        complain(f"ERROR - {error}")
+    except KeyboardInterrupt:
+        pass  # the person knows
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
