@@ -6,7 +6,8 @@
 # ///
 """pizauth: an OAuth2 token daemon for command-line mail programs.
 
-`pizauth server` holds access tokens in memory and keeps them fresh; `pizauth show ACCOUNT` prints one. This file is both.
+`pizauth server` holds access tokens in memory and keeps them fresh; `pizauth show ACCOUNT` prints
+one. This file is both.
 The vocabulary is that of RFC 6749 (OAuth 2.0), 7636 (PKCE) and 8252 (native applications).
 
 The state of an account, and what moves it:
@@ -20,22 +21,30 @@ The state of an account, and what moves it:
 
 One authorization, step by step:
 
- 1. `show work` finds Empty: Authenticator makes a Pending, with a fresh `state` and `code_verifier`, and answers its URL.
- 2. The person opens the URL; the provider sends the browser to our redirect listener with that `state` and a `code`.
- 3. Authenticator.redirected finds the Pending by its `state` and posts code and verifier to the token endpoint, in a child.
- 4. The answer replaces Pending by Active; the browser, which waited, is told; `show work` prints the access token.
- 5. Before the token expires a second child posts the refresh token, and the answer replaces Active by a new Active.
+ 1. `show work` finds Empty: Authenticator makes a Pending, with a fresh `state` and
+    `code_verifier`, and answers its URL.
+ 2. The person opens the URL; the provider sends the browser to our redirect listener with that
+    `state` and a `code`.
+ 3. Authenticator.redirected finds the Pending by its `state` and posts code and verifier to the
+    token endpoint, in a child.
+ 4. The answer replaces Pending by Active; the browser, which waited, is told; `show work` prints
+    the access token.
+ 5. Before the token expires a second child posts the refresh token, and the answer replaces Active
+    by a new Active.
 
-The control protocol: a client of the Unix socket sends one request, `VERB ":" REST`, shuts down its half, and reads the
-reply to end of file: `KIND ":" TEXT`, or `error:` and a sentence. Authenticator.control answers it.
+The control protocol: a client of the Unix socket sends one request, `VERB ":" REST`, shuts down its
+half, and reads the reply to end of file: `KIND ":" TEXT`, or `error:` and a sentence.
+Authenticator.control answers it.
 
-One process, which never has a second thread, owns all state and waits in one place, Loop.run. Whatever may block is a forked
-child, which sees what it was forked with and at most writes bytes into a pipe. There are no timers: everything due is
-derived from the state (Authenticator.run_due, .deadline), so nothing has to be cancelled. A late outcome counts only if the
-token it belongs to is still in place.
+One process, which never has a second thread, owns all state and waits in one place, Loop.run.
+Whatever may block is a forked child, which sees what it was forked with and at most writes bytes
+into a pipe. There are no timers: everything due is derived from the state (Authenticator.run_due,
+.deadline), so nothing has to be cancelled. A late outcome counts only if the token it belongs to is
+still in place.
 
-Sections: errors and records; configuration; OAuth 2.0 messages; wire formats; token states; Authenticator; Loop; what
-children do; the server; the client. Each uses only what stands above it. Start reading at main(), at the end.
+Sections: errors and records; configuration; OAuth 2.0 messages; wire formats; token states;
+Authenticator; Loop; what children do; the server; the client. Each uses only what stands above it.
+Start reading at main(), at the end.
 """
 
 from __future__ import annotations
@@ -52,7 +61,7 @@ if TYPE_CHECKING:
     from functools import partial
     from typing import Any, Callable, NoReturn
 
-    Answer = Callable[[bytes], None]  # gives a peer its reply; used exactly once, now or on a later pass of the loop
+    Answer = Callable[[bytes], None]  # gives a peer its reply, exactly once, now or on a later pass
     Cancel = Callable[[], None]  # stops a token request whose outcome nobody wants any more
 
 
@@ -70,19 +79,19 @@ VERSION = "0.1.0"
 
 # Lengths of time, in seconds.
 TOKEN_REQUEST_LIMIT = 30  # How long may one token request take in all, look-ups included?
-ANSWER_TIMEOUT = 10  # And how long may it wait for the next byte? Leaves time for IPv4 where IPv6 is a black hole.
+ANSWER_TIMEOUT = 10  # And how long for the next byte? Leaves time for IPv4 if IPv6 is a black hole.
 EXCHANGE_RETRY = 6  # How long after a failed code exchange is it tried again?
-BROWSER_PATIENCE = 10  # How long does a browser wait for the outcome before it is told to close the page?
+BROWSER_PATIENCE = 10  # How long does a browser wait for the outcome until told to close the page?
 REFRESH_GAP = 1  # How far apart do refreshes of one account start, whoever asks?
 REMINDER_GAP = 1  # How far apart are reminders, when auth_notify_interval is 0s?
 LEAST_AGE = 10  # How old does a token get before it is refreshed, unless half its life is less?
 RETRY_AFTER_LIMIT = 3600  # How long may a server's Retry-After hold a refresh back?
 LIFE_LIMIT = 10 * 365 * 86400  # What expires_in is beyond belief?
 EXCHANGE_TIMEOUT = 10  # How long may a client take to send a request, and then to read the reply?
-LONGEST_SLEEP = 37  # How late may we notice that the machine was suspended? (poll does not count that time)
+LONGEST_SLEEP = 37  # How late may we notice that the machine slept? (poll does not count that time)
 PAUSE = 1  # How long is accepting paused when descriptors or memory have run out?
 SOCKET_CHECK = 60  # How often is the control socket looked at, when the loop is awake anyway?
-CLIENT_TIMEOUT = 60  # How long does a client wait for the server's next byte? (`shutdown` waits for its end)
+CLIENT_TIMEOUT = 60  # How long do clients wait for the server's next byte, `shutdown` for its end?
 
 # Sizes, in bytes.
 ANSWER_LIMIT = 1 << 20  # of a token endpoint's answer
@@ -93,12 +102,12 @@ CHUNK = 64 << 10  # read or written at a time
 # Counts.
 EXCHANGE_TRIES = 10  # How often is a code exchange tried in all?
 CONNECTIONS = {"control": 256, "browser": 128}  # How many connections of each kind may be open?
-TOKEN_REQUESTS = (12, 16)  # How many may run at once: refreshes, and all? The rest is for people who wait.
+TOKEN_REQUESTS = (12, 16)  # How many at once: refreshes, and all? The rest is for people who wait.
 HOST_REQUESTS = (3, 4)  # And to one host?
 ACCEPTS = 32  # How many connections are accepted before others have their turn?
 READS = 4  # How often is one connection read before others have their turn?
 PORT_TRIES = 10  # How many ports are tried until both loopback families have the same one free?
-DESCRIPTORS = 1024  # The soft limit of descriptors: enough for all the above, and cheap to close in a child.
+DESCRIPTORS = 1024  # The soft limit: enough for all the above, and cheap to close in a child.
 
 ERROR, WARNING, INFO, DEBUG, TRACE = range(5)  # levels of the log; -v adds one
 
@@ -109,7 +118,7 @@ ERROR, WARNING, INFO, DEBUG, TRACE = range(5)  # levels of the log; -v adds one
 
 
 class PizauthError(Exception):
-    """The root: main() prints it after `ERROR - ` and exits 1. Anything else that escapes is a bug."""
+    """The root: main() prints it after `ERROR - ` and exits 1. What else escapes is a bug."""
 
 
 class ConfigError(PizauthError):
@@ -222,16 +231,18 @@ class Token(Record):
 
     def __str__(self) -> str:
         shown = self.text if len(self.text) <= 40 else self.text[:40] + "..."
-        return {"end": "the end of the file", "string": "a string"}.get(self.kind, f"'{printable(shown)}'")
+        return {"end": "the end of the file", "string": "a string"}.get(
+            self.kind, f"'{printable(shown)}'")
 
 
 MANDATORY = ("auth_uri", "client_id", "token_uri")
-RESERVED_FIELDS = ("access_type", "client_id", "code_challenge", "code_challenge_method", "redirect_uri",
-                   "response_type", "scope", "state")  # fmt: skip
+RESERVED_FIELDS = ("access_type", "client_id", "code_challenge", "code_challenge_method",
+                   "redirect_uri", "response_type", "scope", "state")
 RENAMED = {
     "auth_error_cmd": "it is called error_notify_cmd now",
     "refresh_retry_interval": "it is called refresh_retry now",
-    "not_transient_error_if": 'write transient_error_if_cmd = "! ..." instead: it exits 0 if the error is transient',
+    "not_transient_error_if":
+        'write transient_error_if_cmd = "! ..." instead: it exits 0 if the error is transient',
 }
 NOT_OURS = {
     "#": "comments start with //",
@@ -251,7 +262,8 @@ def decode_config(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"line {line}: byte {data[error.start]:#04x} is not UTF-8: save the file as UTF-8") from None
+        raise ConfigError(f"line {line}: byte {data[error.start]:#04x} is not UTF-8:"
+                          " save the file as UTF-8") from None
 
 
 def parse(text: str) -> Config:
@@ -273,7 +285,8 @@ def config_error(text: str, at: int, message: str) -> ConfigError:
     line, column = text.count("\n", 0, at) + 1, at - start + 1
     window = max(start, at - 60)
     before = hidden[window:at]
-    shown = re.sub(r"[^\t\x20-\x7e\xa0-\U0010ffff]", "?", before + hidden[at : at + 60].split("\n")[0])
+    shown = re.sub(r"[^\t\x20-\x7e\xa0-\U0010ffff]", "?",
+                   before + hidden[at : at + 60].split("\n")[0])
     margin = re.sub(r"[^\t]", " ", before)
     return ConfigError(f"line {line}, column {column}: {message}\n    {shown}\n    {margin}^")
 
@@ -310,7 +323,8 @@ def lexical_error(text: str, at: int) -> ConfigError:
     half = re.compile(r'"[^"\\]*(?:\\["\\][^"\\]*)*').match(text, at)
     if half is None or half.end() == len(text):
         return config_error(text, at, "This string is never closed: a double quote is missing")
-    message = r"Invalid escape: in a string write \\ for a backslash and \" for a double quote; there are no others"
+    message = (r"Invalid escape: in a string write \\ for a backslash and \" for a double quote;"
+               " there are no others")
     return config_error(text, half.end(), message)
 
 
@@ -320,11 +334,13 @@ def split_uri(uri: str) -> urllib.parse.SplitResult:
     if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
         raise ValueError("Invalid URI: it must start with https:// or http://")
     if scheme.lower() not in ("http", "https"):
-        raise ValueError(f"This is not a valid HTTP or HTTPS URI: it starts with {scheme}: instead of https:")
+        raise ValueError("This is not a valid HTTP or HTTPS URI:"
+                         f" it starts with {scheme}: instead of https:")
     if re.search(r"[\x00-\x1f\x7f]|^ | $", uri):
         raise ValueError("Invalid URI: there are blanks around it, or control characters in it")
     if "#" in uri:
-        raise ValueError("URI fragments ('#...') are not allowed: leave out the '#' and what follows")
+        raise ValueError("URI fragments ('#...') are not allowed:"
+                         " leave out the '#' and what follows")
     try:
         parts = urllib.parse.urlsplit(uri)
         host, _ = parts.hostname or "", parts.port
@@ -335,7 +351,8 @@ def split_uri(uri: str) -> urllib.parse.SplitResult:
         raise ValueError("Invalid URI: a user name or password in it is not supported")
     bracketed = parts.netloc.startswith("[") and re.fullmatch(r"[0-9a-f:.]*:[0-9a-f:.]*", host)
     if not bracketed and not re.fullmatch(r"[^\s%:<>?\[\\\]^|]+", host):
-        raise ValueError("Invalid URI: its host is missing or misspelt; write it as https://HOST/PATH")
+        raise ValueError("Invalid URI: its host is missing or misspelt;"
+                         " write it as https://HOST/PATH")
     return parts
 
 
@@ -391,13 +408,16 @@ class Parser:
             if self.token.text == "account":
                 place, account = self.account()
                 if account["name"] in accounts:
-                    raise self.error(place, f"There is an account '{account['name']}' already: choose another name")
+                    raise self.error(place, f"There is an account '{account['name']}' already:"
+                                            " choose another name")
                 accounts[account["name"]], places[account["name"]] = account, place
             else:
                 self.option(self.GLOBAL_OPTIONS, values)
         config = Config(accounts, **values)
-        inherited = {option: getattr(config, option) for option in self.ACCOUNT_OPTIONS if hasattr(config, option)}
-        config.accounts = {name: Account(**{**inherited, **account}) for name, account in accounts.items()}
+        inherited = {option: getattr(config, option) for option in self.ACCOUNT_OPTIONS
+                     if hasattr(config, option)}
+        config.accounts = {name: Account(**{**inherited, **account})
+                           for name, account in accounts.items()}
         self.check_listeners(config, places)
         return config
 
@@ -406,12 +426,15 @@ class Parser:
         if not config.accounts:
             raise ConfigError('Must specify at least one account: account "NAME" { ... }')
         if not config.http_listen and not config.https_listen:
-            raise ConfigError("Cannot set both http_listen and https_listen to 'none': the browser must reach one of them")
+            raise ConfigError("Cannot set both http_listen and https_listen to 'none':"
+                              " the browser must reach one of them")
         for name, account in config.accounts.items():
             scheme = split_uri(account.redirect_uri).scheme
             if not getattr(config, f"{scheme}_listen"):
-                message = f"Account {name} has an '{scheme}' redirect but the {scheme.upper()} server is set to 'none'"
-                raise self.error(places[name], f"{message}: change its redirect_uri or {scheme}_listen")
+                message = (f"Account {name} has an '{scheme}' redirect but the {scheme.upper()}"
+                           " server is set to 'none'")
+                raise self.error(places[name],
+                                 f"{message}: change its redirect_uri or {scheme}_listen")
 
     def account(self) -> tuple[Token, dict[str, Any]]:
         """account := "account" STRING "{" { option } "}" """
@@ -424,14 +447,18 @@ class Parser:
         self.take("}")
         for option in MANDATORY:
             if option not in values:
-                raise self.error(place, f"{option} not specified: this account needs {option} = \"...\";")
+                raise self.error(
+                    place, f"{option} not specified: this account needs {option} = \"...\";")
         if "login_hint" in values and "login_hint" in dict(values.get("auth_uri_fields", ())):
-            raise self.error(place, "Both login_hint and auth_uri_fields have a 'login_hint': keep the one in auth_uri_fields")
+            raise self.error(place, "Both login_hint and auth_uri_fields have a 'login_hint':"
+                                    " keep the one in auth_uri_fields")
         return place, {"name": unquoted(place), **values}
 
-    def option(self, readers: Mapping[str, Callable[[Parser], object]], values: dict[str, Any]) -> None:
+    def option(self, readers: Mapping[str, Callable[[Parser], object]],
+               values: dict[str, Any]) -> None:
         """option := NAME "=" value ";" """
-        name = self.take("word", "the name of an option" + (" or '}'" if readers is self.ACCOUNT_OPTIONS else ""))
+        name = self.take("word", "the name of an option"
+                         + (" or '}'" if readers is self.ACCOUNT_OPTIONS else ""))
         if name.text not in readers:
             raise self.error(name, self.unknown(name.text, readers))
         if name.text in values:
@@ -449,7 +476,8 @@ class Parser:
         if name in self.GLOBAL_OPTIONS:
             return f"Option '{name}' is for all accounts: move it out of this account's braces"
         block = self.token.kind in ("string", "{")
-        known = ["account"] if block else [*readers, *(() if readers is self.ACCOUNT_OPTIONS else ["account"])]
+        known = ["account"] if block else [
+            *readers, *(() if readers is self.ACCOUNT_OPTIONS else ["account"])]
         near = difflib.get_close_matches(name[:64].lower(), known, 1, 0.6)
         hint = f": did you mean '{near[0]}'?" if near else f": they are {', '.join(sorted(known))}"
         return f"Unknown {'block' if block else 'option'} '{name[:64]}'{hint}"
@@ -486,7 +514,8 @@ class Parser:
         address = unquoted(self.take("string", "\"HOST:PORT\" or none"))
         match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s\[\]:/\"]+)):([0-9]{1,5})", address)
         if match is None or int(match[3]) > 65535:
-            raise self.error(token, 'Not a listen address: write "HOST:PORT", for instance "127.0.0.1:0" or "[::1]:8080"')
+            raise self.error(token, 'Not a listen address: write "HOST:PORT",'
+                                    ' for instance "127.0.0.1:0" or "[::1]:8080"')
         return ((match[1] or match[2], int(match[3])),)
 
     def strings(self) -> tuple[str, ...]:
@@ -588,7 +617,8 @@ def code_challenge(code_verifier: str) -> str:
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
-def authorization_request(account: Account, state: str, code_verifier: str, redirect_uri: str) -> str:
+def authorization_request(account: Account, state: str, code_verifier: str,
+                          redirect_uri: str) -> str:
     """The URL that the person must visit (RFC 6749 4.1.1, RFC 7636 4.3)."""
     fields = [
         ("access_type", "offline"),
@@ -617,7 +647,8 @@ def authorization_response(query: str) -> AuthorizationResponse:
     return AuthorizationResponse(*map(found.get, AuthorizationResponse.__annotations__))
 
 
-def access_token_request(account: Account, code: str, code_verifier: str, redirect_uri: str) -> dict[str, str]:
+def access_token_request(account: Account, code: str, code_verifier: str,
+                         redirect_uri: str) -> dict[str, str]:
     """The form that exchanges a code for tokens (RFC 6749 4.1.3, RFC 7636 4.5)."""
     form = {
         "code": code,
@@ -631,13 +662,15 @@ def access_token_request(account: Account, code: str, code_verifier: str, redire
 
 def refresh_request(account: Account, refresh_token: str) -> dict[str, str]:
     """The form that asks for a new access token (RFC 6749 6)."""
-    form = {"client_id": account.client_id, "refresh_token": refresh_token, "grant_type": "refresh_token"}
+    form = {"client_id": account.client_id, "refresh_token": refresh_token,
+            "grant_type": "refresh_token"}
     return with_client_secret(form, account)
 
 
 def with_client_secret(form: dict[str, str], account: Account) -> dict[str, str]:
     """The form with the client's secret, if one is set, even if it is empty (RFC 6749 2.3.1)."""
-    return form if account.client_secret is None else {**form, "client_secret": account.client_secret}
+    secret = account.client_secret
+    return form if secret is None else {**form, "client_secret": secret}
 
 
 def without_secrets(text: str, form: dict[str, str]) -> str:
@@ -652,7 +685,7 @@ def without_secrets(text: str, form: dict[str, str]) -> str:
 def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes) -> bytes:
     """What a child reports of a token request: status 0 means no answer, and the body says why.
 
-    `whole` tells whether the server told where its body ends (so that a body cut short cannot pass for it).
+    `whole`: the server told where its body ends (so that a body cut short cannot pass for it).
     """
     return f"{status} {retry_after} {whole:d}\n".encode() + body
 
@@ -663,14 +696,17 @@ def token_response(outcome: bytes, form: dict[str, str]) -> TokenResponse:
     head, _, body = outcome.partition(b"\n")
     status, retry_after, whole = (float(word) for word in head.split())
     if not status:
-        raise TransientError(without_secrets(printable(body.decode("utf-8", "replace")), form), outage=True)
+        raise TransientError(
+            without_secrets(printable(body.decode("utf-8", "replace")), form), outage=True)
     if status in (408, 425, 429) or status >= 500:
-        raise TransientError(f"HTTP {status:.0f}{oauth_error(body, form)}", True, min(retry_after, RETRY_AFTER_LIMIT))
+        raise TransientError(f"HTTP {status:.0f}{oauth_error(body, form)}", True,
+                             min(retry_after, RETRY_AFTER_LIMIT))
     good = good_answer(answer_fields(body, bool(whole))) if 200 <= status < 300 else None
     if good is not None:
         return good
     error = json_object(body).get("error")
-    message = f"HTTP {status:.0f}{oauth_error(body, form) or ', but no OAuth answer (a login page of the network?)'}"
+    message = f"HTTP {status:.0f}" + (
+        oauth_error(body, form) or ", but no OAuth answer (a login page of the network?)")
     if isinstance(error, str) and re.fullmatch(r"[!-~]+", error) and error not in PASSING_ERRORS:
         raise PermanentError(message)
     raise TransientError(message)
@@ -703,11 +739,13 @@ def good_answer(answer: dict[str, Any]) -> TokenResponse | None:
     token_type = answer.get("token_type")
     if not (isinstance(access_token, str) and re.fullmatch(r"[!-~]+", access_token)):
         return None
-    if not (refresh_token is None or isinstance(refresh_token, str) and re.fullmatch(r"[!-~]*", refresh_token)):
+    if not (refresh_token is None
+            or isinstance(refresh_token, str) and re.fullmatch(r"[!-~]*", refresh_token)):
         return None
     if not (token_type is None or isinstance(token_type, str) and token_type.lower() == "bearer"):
         return None
-    return TokenResponse(access_token, sensible_life(answer.get("expires_in")), refresh_token or None)
+    return TokenResponse(
+        access_token, sensible_life(answer.get("expires_in")), refresh_token or None)
 
 
 def sensible_life(expires_in: object) -> float | None:
@@ -739,7 +777,7 @@ def shown_error(words: list[str]) -> str:
 
 
 class Head(Record):
-    """What matters of the head of an HTTP request: its target, which starts with `/`, and its Host."""
+    """What matters in an HTTP request's head: its target, which starts with `/`, and its Host."""
 
     target: str
     host: str
@@ -780,9 +818,10 @@ def http_head(buffer: bytearray, eof: bool) -> Head | None:
 
 
 def check_request_line(line: bytes, whole: bool) -> None:
-    """Raise BadRequest if a request line, or the start of one, is no GET with a target of our own."""
+    """Raise BadRequest if a request line, or the start of one, is no GET with a target of ours."""
     method, space, rest = line.partition(b" ")
-    if not re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{0,16}", method) or (space or whole) and not method:
+    if (not re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{0,16}", method)
+            or (space or whole) and not method):
         raise BadRequest(400, "This is not an HTTP request.")
     if space and method != b"GET":
         raise BadRequest(405, "Only GET is answered here.")
@@ -821,17 +860,20 @@ def redirect_matches(redirect_uri: str, scheme: str, head: Head) -> bool:
     return (
         (expected.scheme, expected.netloc, expected.path) == (scheme, host, path)
         and all(given.count(pair) >= wanted.count(pair) for pair in wanted)
-    )  # fmt: skip
+    )
 
 
 def page(status: int, text: str) -> bytes:
     """A whole HTTP response that tells a person something. Whatever text came from outside is
     escaped here."""
-    style = "body{font:1.1em/1.5 sans-serif;max-width:36em;margin:15vh auto;padding:0 1em;overflow-wrap:anywhere}"
+    style = ("body{font:1.1em/1.5 sans-serif;max-width:36em;margin:15vh auto;padding:0 1em;"
+             "overflow-wrap:anywhere}")
     body = (
-        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        '<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
+        '<meta name="color-scheme" content="light dark">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>pizauth</title><style>{style}</style><h1>pizauth</h1><p>{html.escape(printable(text))}</p></html>\n"
+        f"<title>pizauth</title><style>{style}</style>"
+        f"<h1>pizauth</h1><p>{html.escape(printable(text))}</p></html>\n"
     ).encode()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     headers = [
@@ -842,7 +884,8 @@ def page(status: int, text: str) -> bytes:
         "Cache-Control: no-store",
         "Referrer-Policy: no-referrer",
         "X-Content-Type-Options: nosniff",
-        f"Content-Security-Policy: default-src 'none'; style-src 'sha256-{digest}'; frame-ancestors 'none'",
+        (f"Content-Security-Policy: default-src 'none'; style-src 'sha256-{digest}';"
+         " frame-ancestors 'none'"),
         *(["Allow: GET"] if status == 405 else []),
     ]
     return "\r\n".join([*headers, "", ""]).encode() + body
@@ -878,7 +921,7 @@ class Pending(Record):
 
 
 class Active(Record):
-    """There is an access token; it may have expired, and may or may not come with a refresh token."""
+    """There is an access token; it may have expired, and may come with a refresh token or not."""
 
     access_token: str
     obtained_at: float
@@ -893,7 +936,7 @@ class Active(Record):
     retry_after: float = 0
 
     def refresh_due(self, account: Account) -> float:
-        """When the next refresh starts, if none runs (the schedule that pizauth.conf(5) describes)."""
+        """When the next refresh starts, if none runs (by the schedule in pizauth.conf(5))."""
         half_life = (self.expires_at - self.obtained_at) / 2
         if self.wanted:
             due = self.not_before
@@ -914,15 +957,17 @@ class Active(Record):
 
 SUPERSEDED = "This authorization request is void: there is a newer one, or the account has changed."
 NO_REFRESH_TOKEN = (
-    "the provider gave no refresh token, so you will have to authorise this account again when its access token expires;"
-    " what usually helps is the scope offline_access, or access_type=offline or prompt=consent in auth_uri_fields"
+    "the provider gave no refresh token, so you will have to authorise this account again when its"
+    " access token expires; what usually helps is the scope offline_access, or access_type=offline"
+    " or prompt=consent in auth_uri_fields"
 )
 
 
 class Authenticator:
     """The accounts' tokens and what may be done with them.
 
-    `post(uri, form, urgent, then)` starts a token request, calls `then(outcome)` on a later pass, and returns a Cancel.
+    `post(uri, form, urgent, then)` starts a token request, calls `then(outcome)` on a later pass,
+    and returns a Cancel.
     """
 
     def __init__(
@@ -933,13 +978,13 @@ class Authenticator:
         log: Callable[[int, str], None],
     ) -> None:
         self.config = config
-        self.ports: dict[str, int | None] = {"http": None, "https": None}  # of the redirect listeners, by scheme
+        self.ports: dict[str, int | None] = {"http": None, "https": None}  # of redirect listeners
         self.stopping = False
         self._clock = clock
         self._post = post
         self._log = log
         self._tokens: dict[str, Pending | Active | None] = dict.fromkeys(config.accounts)
-        self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last attempt failed
+        self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
         self._deadline: float | None = None
         self._deadline_known = False
 
@@ -983,14 +1028,15 @@ class Authenticator:
 
     # Transitions.
 
-    def _replace(self, name: str, token: Pending | Active | None, event: str | None, told: str) -> None:
+    def _replace(self, name: str, token: Pending | Active | None, event: str | None,
+                 told: str) -> None:
         """Put an account into another state: the only way to do so. Browsers that wait for the old
         one are told why."""
         old = self._tokens[name]
         self._tokens[name] = token
         self._rescheduled()
         self._log(INFO, f"{name}: {'no token' if token is None else type(token).__name__.lower()}"
-                  + (f" ({event})" if event else ""))  # fmt: skip
+                  + (f" ({event})" if event else ""))
         if old is not None and old.cancel is not None:
             old.cancel()
         if isinstance(old, Pending):
@@ -1002,7 +1048,8 @@ class Authenticator:
         scheme = urllib.parse.urlsplit(account.redirect_uri).scheme
         port = self.ports[scheme]
         if port is None:
-            raise RequestError(f"Account '{account.name}' redirects to {scheme}, but no such listener runs")
+            raise RequestError(f"Account '{account.name}' redirects to {scheme},"
+                               " but no such listener runs")
         state, code_verifier = secrets.token_urlsafe(32), secrets.token_urlsafe(64)
         redirect_uri = account.redirect_uri_at(port)
         url = authorization_request(account, state, code_verifier, redirect_uri)
@@ -1031,7 +1078,8 @@ class Authenticator:
         pending.tries += 1
         pending.retry_at = None
         uri = normal_uri(self.config.accounts[name].token_uri)
-        pending.cancel = self._post(uri, pending.form, True, partial(self._exchanged, name, pending))
+        pending.cancel = self._post(
+            uri, pending.form, True, partial(self._exchanged, name, pending))
         self._rescheduled()
 
     def _exchanged(self, name: str, pending: Pending, outcome: bytes) -> None:
@@ -1055,7 +1103,8 @@ class Authenticator:
             if response.refresh_token is None:
                 self._log(WARNING, f"{name}: {NO_REFRESH_TOKEN}")
 
-    def _obtained(self, name: str, response: TokenResponse, refresh_token: str | None, event: str) -> None:
+    def _obtained(self, name: str, response: TokenResponse, refresh_token: str | None,
+                  event: str) -> None:
         """A new access token takes the place of whatever was there."""
         now, old = self._clock.now(), self._tokens[name]
         life = response.expires_in or min(self.config.accounts[name].refresh_at_least, LIFE_LIMIT)
@@ -1063,7 +1112,8 @@ class Authenticator:
         if isinstance(old, Active):
             token.not_before = old.not_before
         self._errors.pop(name, None)
-        self._replace(name, token, event, f"Account {name} is authorised: you can safely close this page.")
+        self._replace(
+            name, token, event, f"Account {name} is authorised: you can safely close this page.")
 
     def _not_authorized(self, name: str, reason: str) -> None:
         """The provider or the person said no, or there was no answer to be had."""
@@ -1100,7 +1150,8 @@ class Authenticator:
             self._replace(name, None, "token_invalidated", message)
             self._failed(name, message, ERROR)
         else:
-            self._obtained(name, response, response.refresh_token or token.refresh_token, "token_refreshed")
+            refresh_token = response.refresh_token or token.refresh_token
+            self._obtained(name, response, refresh_token, "token_refreshed")
 
     def _expire(self, name: str, token: Active) -> None:
         """An access token without a refresh token has reached the end of its life."""
@@ -1122,17 +1173,19 @@ class Authenticator:
             answer(refusal(error))
 
     def _redirected(self, scheme: str, head: Head, answer: Answer) -> None:
-        """The decision, in the order that keeps a stray or forged request from touching any state."""
+        """The decision, in the order that lets no stray or forged request touch any state."""
         response = authorization_response(head.target.partition("?")[2])
         if response.state is None:
             raise BadRequest(404, "There is nothing here.")
         name, pending = self._pending_by_state(response.state)
         if pending is None:
-            return answer(page(200, "No pending token matches request state: request a fresh token"))
+            return answer(
+                page(200, "No pending token matches request state: request a fresh token"))
         if not redirect_matches(pending.redirect_uri, scheme, head):
             raise BadRequest(404, "This is not the address that the account redirects to.")
         if pending.form is None and response.error is not None:
-            reason = shown_error([response.error, response.error_description or ""])[2:] or "no reason given"
+            words = [response.error, response.error_description or ""]
+            reason = shown_error(words)[2:] or "no reason given"
             self._not_authorized(name, reason)
             raise BadRequest(400, f"Authentication for {name} failed: {reason}")
         if pending.form is None and not response.code:
@@ -1141,7 +1194,8 @@ class Authenticator:
         self._rescheduled()
         if pending.form is None:
             account, code = self.config.accounts[name], response.code or ""
-            pending.form = access_token_request(account, code, pending.code_verifier, pending.redirect_uri)
+            pending.form = access_token_request(
+                account, code, pending.code_verifier, pending.redirect_uri)
             self._exchange(name, pending)
 
     def _pending_by_state(self, state: str) -> tuple[str, Pending | None]:
@@ -1168,7 +1222,8 @@ class Authenticator:
             return answer(self._pending_reply(self._request_authorization(account), with_url))
         if token.refresh_token is None:
             until = self._clock.date(token.expires_at)
-            raise RequestError(f"'{account.name}' has no refresh token; its access token lasts until {until}")
+            raise RequestError(f"'{account.name}' has no refresh token;"
+                               f" its access token lasts until {until}")
         self._refresh_wanted(account.name, token)
         answer(b"scheduled:")
 
@@ -1176,11 +1231,13 @@ class Authenticator:
         with_url, account = self._option_and_account(rest)
         token = self._current(account.name)
         if not isinstance(token, Active):
-            return answer(self._pending_reply(token or self._request_authorization(account), with_url))
+            pending = token or self._request_authorization(account)
+            return answer(self._pending_reply(pending, with_url))
         if self._clock.now() < token.expires_at:
             return answer(b"access_token:" + token.access_token.encode())
         if token.cancel is not None:
-            raise RequestError("Access token has expired. Refreshing is in progress but has not yet succeeded")
+            raise RequestError("Access token has expired."
+                               " Refreshing is in progress but has not yet succeeded")
         self._refresh_wanted(account.name, token)
         raise RequestError("Access token has expired. Refreshing initiated")
 
@@ -1204,7 +1261,8 @@ class Authenticator:
         verb, colon, rest = request.partition(b":")
         try:
             if not colon or verb not in self._VERBS:
-                raise RequestError("Unknown request: is the client of another version than the server?")
+                raise RequestError(
+                    "Unknown request: is the client of another version than the server?")
             self._VERBS[verb](self, rest, answer)
         except RequestError as error:
             self._log(WARNING, f"A control request was refused: {error}")
@@ -1221,7 +1279,8 @@ class Authenticator:
     def _current(self, name: str) -> Pending | Active | None:
         """An account's state now; a token that has expired for good is dropped first."""
         token = self._tokens[name]
-        if isinstance(token, Active) and token.refresh_token is None and token.expires_at <= self._clock.now():
+        if (isinstance(token, Active) and token.refresh_token is None
+                and token.expires_at <= self._clock.now()):
             self._expire(name, token)
         return self._tokens[name]
 
@@ -1245,10 +1304,12 @@ class Authenticator:
             text = "Access token pending authentication"
             text += "" if notified is None else f" (last notification {date(notified)})"
         elif self._clock.now() < token.expires_at:
-            text = f"Active access token (obtained {date(token.obtained_at)}; expires {date(token.expires_at)})"
+            text = (f"Active access token (obtained {date(token.obtained_at)};"
+                    f" expires {date(token.expires_at)})")
         else:
             tried = token.attempted_at
-            tried_text = "refresh not yet attempted" if tried is None else f"last refresh attempt {date(tried)}"
+            tried_text = ("refresh not yet attempted" if tried is None
+                          else f"last refresh attempt {date(tried)}")
             text = f"Access token expired ({tried_text})"
         if name in self._errors:
             at, error = self._errors[name]
@@ -1265,11 +1326,12 @@ def run_child(work: Callable[[], bytes], pipe: int, limit: float) -> NoReturn:
     """Be a child: let go of all that is the server's, write what work() returns into the pipe, and
     end."""
     try:
-        gc.freeze()  # a finaliser of the server's objects would close descriptors that are ours by then
+        gc.freeze()  # a server object's finaliser would close descriptors that are ours by then
         gc.disable()
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and an answer may hold a rotated token
+            # Ctrl-C reaches the whole group, and an answer may hold a rotated token.
+            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.alarm(int(limit) + 2)  # should the server be killed before it can kill us
         os.closerange(3, pipe)  # a killed server's port and lock would live on in us
@@ -1307,14 +1369,16 @@ def post_form(uri: str, form: dict[str, str]) -> bytes:
             length = response.headers.get("Content-Length")
             if length is not None and len(body) < min(int(length), ANSWER_LIMIT):
                 raise http.client.IncompleteRead(body, int(length) - len(body))
-            whole = length is not None or response.headers.get("Transfer-Encoding", "").lower() == "chunked"
-            return outcome_bytes(response.status, retry_after(response.headers.get("Retry-After")), whole,
-                                 body if len(body) <= ANSWER_LIMIT else b"")  # fmt: skip
+            whole = (length is not None
+                     or response.headers.get("Transfer-Encoding", "").lower() == "chunked")
+            return outcome_bytes(response.status, retry_after(response.headers.get("Retry-After")),
+                                 whole, body if len(body) <= ANSWER_LIMIT else b"")
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         if isinstance(reason, http.client.IncompleteRead):
             reason = "the answer was cut short"
-        return outcome_bytes(0, 0, False, f"no answer from {urllib.parse.urlsplit(uri).netloc}: {reason}".encode())
+        host = urllib.parse.urlsplit(uri).netloc
+        return outcome_bytes(0, 0, False, f"no answer from {host}: {reason}".encode())
 
 
 def is_loopback(uri: str) -> bool:
@@ -1365,9 +1429,11 @@ class Clock:
 
 
 class Exchange:
-    """One connection of either kind: reads a request, parks until it is answered, writes the reply, drains, closes.
+    """One connection of either kind: reads a request, parks until it is answered, writes the reply,
+    drains, closes.
 
-    `frame(buffer, eof)` gives the request, None if more is needed, or raises PizauthError; `respond(request, answer)` gets it.
+    `frame(buffer, eof)` gives the request, None if more is needed, or raises PizauthError;
+    `respond(request, answer)` gets it.
     """
 
     def __init__(
@@ -1398,7 +1464,8 @@ class Exchange:
         except OSError:
             self.close()  # the peer has gone
         except Exception:  # a bug of ours, which must not end the daemon
-            self.loop.log(ERROR, "A request was dropped because of a bug: " + traceback.format_exc())
+            self.loop.log(
+                ERROR, "A request was dropped because of a bug: " + traceback.format_exc())
             self.close()
 
     def answer(self, reply: bytes) -> None:
@@ -1430,7 +1497,8 @@ class Exchange:
             pass  # that is all for now
         if self.eof and self.state == "draining":
             self.close()
-        elif self.state in ("reading", "draining") or self.state == "parked" and self.kind == "browser":
+        elif (self.state in ("reading", "draining")
+              or self.state == "parked" and self.kind == "browser"):
             self._watch(0 if self.eof else selectors.EVENT_READ)
         elif self.state == "parked":
             self._watch(0)  # its end of file stays readable, and would spin
@@ -1475,7 +1543,8 @@ class Exchange:
 class Listener:
     """A listening socket. `exchange(sock)` makes the Exchange of a connection."""
 
-    def __init__(self, loop: Loop, sock: socket.socket, kind: str, exchange: Callable[[socket.socket], Exchange]) -> None:
+    def __init__(self, loop: Loop, sock: socket.socket, kind: str,
+                 exchange: Callable[[socket.socket], Exchange]) -> None:
         self.loop, self.sock, self.kind, self.exchange = loop, sock, kind, exchange
         sock.setblocking(False)
         loop.selector.register(sock, selectors.EVENT_READ, self.ready)
@@ -1513,7 +1582,8 @@ class Child:
     """A forked child: what it has written so far, and who waits for it. `then` is None once nobody
     does."""
 
-    def __init__(self, loop: Loop, pid: int, pipe: int, limit: float, then: Callable[[int | None, bytes], None]) -> None:
+    def __init__(self, loop: Loop, pid: int, pipe: int, limit: float,
+                 then: Callable[[int | None, bytes], None]) -> None:
         self.loop, self.pid, self.pipe = loop, pid, pipe
         self.deadline = loop.clock.now() + limit
         self.then: Callable[[int | None, bytes], None] | None = then
@@ -1588,7 +1658,8 @@ class Loop:
     def __init__(self, clock: Clock, log: Callable[[int, str], None]) -> None:
         self.clock, self.log = clock, log
         self.selector = selectors.DefaultSelector()
-        self.exchanges: dict[str, dict[Exchange, None]] = {kind: {} for kind in CONNECTIONS}  # the oldest first
+        # The oldest of each kind come first.
+        self.exchanges: dict[str, dict[Exchange, None]] = {kind: {} for kind in CONNECTIONS}
         self.paused: dict[Listener, float] = {}
         self.children: dict[int, Child] = {}
         self.refused: list[Callable[[], None]] = []  # tells those whose child could not be forked
@@ -1617,7 +1688,7 @@ class Loop:
             pass  # drained already
 
     def _heed_signals(self, authenticator: Authenticator) -> None:
-        flags, self.flags = self.flags, set()  # taken first: a signal that comes from here on has its own turn
+        flags, self.flags = self.flags, set()  # taken first: a later signal has its own turn
         if signal.SIGCHLD in flags:
             for child in list(self.children.values()):
                 child.reap()
@@ -1658,7 +1729,8 @@ class Loop:
         for kind in self.exchanges.values():
             for exchange in [e for e in kind if e.deadline is not None and e.deadline <= now]:
                 exchange.close()
-        for child in [c for c in self.children.values() if c.then is not None and c.deadline <= now]:
+        for child in [c for c in self.children.values()
+                      if c.then is not None and c.deadline <= now]:
             child.expire()
         refused, self.refused = self.refused, []
         for tell in refused:
@@ -1699,12 +1771,15 @@ class Loop:
 
     # Children.
 
-    def fork(self, work: Callable[[], bytes], limit: float, then: Callable[[int | None, bytes], None]) -> Child | None:
-        """Run work() in a child; then(exit status, what work returned) once it has ended, on a later pass.
+    def fork(self, work: Callable[[], bytes], limit: float,
+             then: Callable[[int | None, bytes], None]) -> Child | None:
+        """Run work() in a child; then(exit status, what work returned) once it has ended, on a
+        later pass.
 
-        After `limit` seconds it is killed, and then(None, b""). If there can be no child: then(None, reason), and None returned.
+        After `limit` seconds it is killed, and then(None, b""). If there can be no child:
+        then(None, reason), and None returned.
         """
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)  # or one for the young child rings our bell
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)  # or the young child's ring our bell
         try:
             reader, writer = os.pipe()
             try:
@@ -1727,7 +1802,8 @@ class Loop:
         os.set_blocking(reader, False)
         return Child(self, pid, reader, limit, then)
 
-    def post(self, uri: str, form: dict[str, str], urgent: bool, then: Callable[[bytes], None]) -> Cancel:
+    def post(self, uri: str, form: dict[str, str], urgent: bool,
+             then: Callable[[bytes], None]) -> Cancel:
         """Start a token request in a child as soon as there is a slot; code exchanges are urgent,
         refreshes are not."""
         request = TokenRequest(uri, form, urgent, then)
@@ -1746,9 +1822,8 @@ class Loop:
         for request in sorted(self.requests, key=lambda request: not request.urgent):
             running = [other for other in self.requests if other.child is not None]
             to_host = [other for other in running if other.host() == request.host()]
-            if request.child is None and (
-                len(running) < TOKEN_REQUESTS[request.urgent] and len(to_host) < HOST_REQUESTS[request.urgent]
-            ):
+            if (request.child is None and len(running) < TOKEN_REQUESTS[request.urgent]
+                    and len(to_host) < HOST_REQUESTS[request.urgent]):
                 work = partial(post_form, request.uri, request.form)
                 request.child = self.fork(work, TOKEN_REQUEST_LIMIT, partial(self._posted, request))
                 if request.child is None:
@@ -1758,8 +1833,10 @@ class Loop:
         if request in self.requests:
             self.requests.remove(request)
         if status != 0:
-            why = output.decode() or f"no answer from {request.host()} within {TOKEN_REQUEST_LIMIT} s"
-            why = why if status is None else f"the process that asked {request.host()} ended with status {status}"
+            host = request.host()
+            why = output.decode() or f"no answer from {host} within {TOKEN_REQUEST_LIMIT} s"
+            if status is not None:
+                why = f"the process that asked {host} ended with status {status}"
             output = outcome_bytes(0, 0, False, why.encode())
         request.then(output)
         self._start_requests()
@@ -1845,7 +1922,8 @@ class Log:
     def __call__(self, level: int, message: str) -> None:
         for line in message.splitlines() if level <= self.verbosity else []:
             if self.to_syslog:
-                priority = (syslog.LOG_ERR, syslog.LOG_WARNING, syslog.LOG_INFO, syslog.LOG_DEBUG, syslog.LOG_DEBUG)[level]
+                priority = (syslog.LOG_ERR, syslog.LOG_WARNING, syslog.LOG_INFO,
+                            syslog.LOG_DEBUG, syslog.LOG_DEBUG)[level]
                 syslog.syslog(priority, printable(line))
             else:
                 complain(f"{self.NAMES[level]} - {printable(line)}")
@@ -1883,8 +1961,8 @@ def make_runtime_directory() -> str:
     """The directory of our socket, made if need be; refused unless it and what we made above it are
     ours alone."""
     directory = runtime_directory()
-    ours = [directory] if os.environ.get("XDG_RUNTIME_DIR") else [os.path.dirname(directory), directory]
-    for path in ours:
+    above = [] if os.environ.get("XDG_RUNTIME_DIR") else [os.path.dirname(directory)]
+    for path in [*above, directory]:
         try:
             os.mkdir(path, 0o700)
         except FileExistsError:
@@ -1895,7 +1973,8 @@ def make_runtime_directory() -> str:
         try:
             os.chmod(path, 0o700)
         except OSError as error:
-            raise PizauthError(f"Cannot make the directory {path} private: {error.strerror}") from None
+            raise PizauthError(
+                f"Cannot make the directory {path} private: {error.strerror}") from None
     return directory
 
 
@@ -1952,7 +2031,8 @@ def bind_redirect(option: str, addresses: tuple[tuple[str, int], ...]) -> list[s
         try:
             first = bind_inet(host, port)
         except OSError as error:
-            raise PizauthError(f"Cannot listen on {option} \"{host}:{port}\": {error.strerror or error}") from None
+            raise PizauthError(f"Cannot listen on {option} \"{host}:{port}\":"
+                               f" {error.strerror or error}") from None
         sockets = [first]
         try:
             sockets += [bind_inet(other, first.getsockname()[1]) for other, _ in others]
@@ -1966,7 +2046,8 @@ def bind_redirect(option: str, addresses: tuple[tuple[str, int], ...]) -> list[s
 
 def bind_inet(host: str, port: int) -> socket.socket:
     """A TCP socket that listens. Raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -2004,7 +2085,8 @@ class Server:
 
     def listen_to_clients(self) -> None:
         """Bind the control socket; remember which one is ours."""
-        self.control = Listener(self.loop, bind_control(self.control_path), "control", self.control_exchange)
+        self.control = Listener(
+            self.loop, bind_control(self.control_path), "control", self.control_exchange)
         self.control_inode = os.lstat(self.control_path).st_ino
         self.control_checked = self.clock.now()
 
@@ -2012,7 +2094,8 @@ class Server:
         return Exchange(self.loop, sock, "control", until_eof, self.authenticator.control)
 
     def browser_exchange(self, sock: socket.socket) -> Exchange:
-        return Exchange(self.loop, sock, "browser", http_head, partial(self.authenticator.redirected, "http"))
+        return Exchange(self.loop, sock, "browser", http_head,
+                        partial(self.authenticator.redirected, "http"))
 
     def check_socket(self) -> None:
         """Once a minute, when awake anyway: make the control socket anew if it was swept away; end
@@ -2035,7 +2118,8 @@ class Server:
         """Serve until told to stop, then leave nothing behind; ready() is called when clients are
         answered."""
         self.loop.catch_signals()
-        self.log(INFO, f"Serving {len(self.authenticator.config.accounts)} accounts on {self.control_path}")
+        count = len(self.authenticator.config.accounts)
+        self.log(INFO, f"Serving {count} accounts on {self.control_path}")
         ready()
         self.loop.run(self.authenticator, self.check_socket)
         self.end()
@@ -2102,7 +2186,7 @@ def ask(request: bytes) -> bytes:
     reply = bytearray()
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
-        check_directory(directory)  # else whoever made it would be handed our requests, dumps among them
+        check_directory(directory)  # else whoever made it would be handed our requests, even dumps
         sock.settimeout(CLIENT_TIMEOUT)
         sock.connect(os.path.join(directory, SOCKET_NAME))
         try:
@@ -2174,7 +2258,8 @@ def info(options: argparse.Namespace) -> int:
         server_info = json.loads(ask(b"info:"))
     except (PizauthError, ValueError):
         server_info = None
-    cache, config, name = runtime_directory(), config_path(options.config), os.path.basename(sys.argv[0])
+    cache, config = runtime_directory(), config_path(options.config)
+    name = os.path.basename(sys.argv[0])
     if options.json:
         about = {
             "cache_directory": cache,
@@ -2187,10 +2272,12 @@ def info(options: argparse.Namespace) -> int:
         }
         put(json.dumps(about, indent=2).encode() + b"\n")
         return 0
-    lines = [f"{name} version {VERSION}:", f"  cache directory: {cache}", f"  config file: {config}"]
+    lines = [f"{name} version {VERSION}:", f"  cache directory: {cache}",
+             f"  config file: {config}"]
     lines.append("server not running" if server_info is None else "server running:")
     titles = {"http_port": "HTTP port", "https_port": "HTTPS port"}
-    lines += [f"  {titles[key]}: {server_info[key]}" for key in titles if server_info and key in server_info]
+    lines += [f"  {titles[key]}: {server_info[key]}" for key in titles
+              if server_info and key in server_info]
     put("\n".join([*lines, ""]).encode("utf-8", "surrogateescape"))
     return 0
 
@@ -2213,10 +2300,13 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, .
 ARGUMENTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "account": (("account",), {"metavar": "ACCOUNT", "help": "an account of the configuration"}),
     "-c": (("-c", "--config"), {"metavar": "FILE", "help": "the configuration file"}),
-    "-d": (("-d",), {"dest": "foreground", "action": "store_true", "help": "stay in the foreground"}),
+    "-d": (("-d",), {"dest": "foreground", "action": "store_true",
+                     "help": "stay in the foreground"}),
     "-j": (("-j",), {"dest": "json", "action": "store_true", "help": "print JSON"}),
-    "-u": (("-u",), {"dest": "without_url", "action": "store_true", "help": "leave the URL out of the error"}),
-    "-v": (("-v",), {"dest": "verbose", "action": "count", "default": 0, "help": "log more; up to four times"}),
+    "-u": (("-u",), {"dest": "without_url", "action": "store_true",
+                     "help": "leave the URL out of the error"}),
+    "-v": (("-v",), {"dest": "verbose", "action": "count", "default": 0,
+                     "help": "log more; up to four times"}),
 }
 
 
@@ -2229,7 +2319,8 @@ def command_line() -> argparse.ArgumentParser:
             complain(f"{self.format_usage()}{self.prog}: {message}")
             raise SystemExit(1)
 
-    parser = Usage(prog="pizauth", description="OAuth2 access tokens for command-line mail programs", allow_abbrev=False)
+    parser = Usage(prog="pizauth", allow_abbrev=False,
+                   description="OAuth2 access tokens for command-line mail programs")
     parser.add_argument("--version", action="version", version=f"pizauth {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (function, text, arguments) in COMMANDS.items():
