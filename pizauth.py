@@ -231,8 +231,7 @@ class Token(Record):
 
     def __str__(self) -> str:
         shown = self.text if len(self.text) <= 40 else self.text[:40] + "..."
-        return {"end": "the end of the file", "string": "a string"}.get(
-            self.kind, f"'{printable(shown)}'")
+        return {"start": "nothing", "string": "a string"}.get(self.kind, f"'{printable(shown)}'")
 
 
 MANDATORY = ("auth_uri", "client_id", "token_uri")
@@ -276,8 +275,8 @@ def config_error(text: str, at: int, message: str) -> ConfigError:
     """The error at an offset: place and message, then that line (secrets starred) with a mark under
     the culprit."""
     hidden = re.sub(
-        r'(client_secret\s*=\s*")([^"\\]*(?:\\.[^"\\]*)*)',
-        lambda match: match[1] + re.sub(r"[^\n]", "*", match[2]),
+        r'(client_secret\s*=?\s*)((?:"[^"\\]*(?:\\.[^"\\]*)*"?)?[^;\n]*)',
+        lambda match: match[1] + re.sub(r'[^"\n]', "*", match[2]),
         text,
         flags=re.DOTALL,
     )
@@ -386,6 +385,7 @@ class Parser:
     def __init__(self, text: str) -> None:
         self.source = text
         self.tokens = tokens(text)
+        self.last = Token("start", "", 0)
         self.token = next(self.tokens)
 
     def error(self, token: Token, message: str) -> ConfigError:
@@ -393,11 +393,18 @@ class Parser:
 
     def take(self, kind: str, wanted: str = "") -> Token:
         """The token at hand, which must be of this kind; the next one is at hand then."""
-        token = self.token
-        if token.kind != kind:
-            raise self.error(token, f"Expected {wanted or repr(kind)}, not {token}")
-        self.token = next(self.tokens, token)
-        return token
+        token, last = self.token, self.last
+        if token.kind == kind:
+            self.token, self.last = next(self.tokens, token), token
+            return token
+        message = f"Expected {wanted or repr(kind)} after {last}"  # what is there may be a secret
+        if "\n" in last.text:
+            message += " of several lines: is its last double quote missing?"
+        elif token.kind == "end":
+            message += ", but the file ends"
+        elif kind == ";":  # most likely forgotten there, and not where the next option starts
+            token = Token(";", "", last.at + len(last.text))
+        raise self.error(token, message)
 
     def config(self) -> Config:
         """config := { account | option }"""
@@ -1687,7 +1694,7 @@ class Loop:
         except BlockingIOError:
             pass  # drained already
 
-    def _heed_signals(self, authenticator: Authenticator) -> None:
+    def heed_signals(self, authenticator: Authenticator) -> None:
         flags, self.flags = self.flags, set()  # taken first: a later signal has its own turn
         if signal.SIGCHLD in flags:
             for child in list(self.children.values()):
@@ -1701,11 +1708,11 @@ class Loop:
     def run(self, authenticator: Authenticator, each_pass: Callable[[], None]) -> None:
         """Serve until the authenticator is stopping."""
         while not authenticator.stopping:
-            self._expire()
+            self.expire()
             authenticator.run_due()
             for key, events in self.selector.select(self.patience(authenticator)):
                 key.data(events)
-            self._heed_signals(authenticator)
+            self.heed_signals(authenticator)
             each_pass()
 
     def patience(self, authenticator: Authenticator) -> float | None:
@@ -1723,7 +1730,7 @@ class Loop:
             yield from (exchange.deadline for exchange in kind if exchange.deadline is not None)
         yield from (child.deadline for child in self.children.values() if child.then is not None)
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
         """End what has reached its deadline, and tell those whose child could not be forked."""
         now = self.clock.now()
         for kind in self.exchanges.values():
@@ -2119,8 +2126,8 @@ class Server:
         answered."""
         self.loop.catch_signals()
         count = len(self.authenticator.config.accounts)
-        self.log(INFO, f"Serving {count} accounts on {self.control_path}")
         ready()
+        self.log(INFO, f"Serving {count} accounts on {self.control_path}")
         self.loop.run(self.authenticator, self.check_socket)
         self.end()
         return 0
