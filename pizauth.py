@@ -66,8 +66,7 @@ if TYPE_CHECKING:
 
 
 def server_imports() -> None:
-    """Bind what only the server needs: `show`, which mail programs run at every login, must not pay
-    for it."""
+    """Bind what only the server needs: `show` runs at every login and must not pay for it."""
     global base64, difflib, errno, fcntl, gc, hashlib, html, json, re, resource, secrets
     global selectors, signal, socket, syslog, time, traceback, urllib, partial
     import base64, difflib, errno, fcntl, gc, hashlib, html, json, re, resource, secrets
@@ -122,8 +121,7 @@ class PizauthError(Exception):
 
 
 class ConfigError(PizauthError):
-    """The configuration cannot be used; the first line says where and why, the rest shows the
-    place."""
+    """The configuration cannot be used: the first line tells where and why, the rest shows it."""
 
 
 class RequestError(PizauthError):
@@ -143,8 +141,7 @@ class TokenError(PizauthError):
 
 
 class TransientError(TokenError):
-    """It was no OAuth answer, so the login is kept. `outage`: transport or status say that trying
-    again helps."""
+    """It was no OAuth answer: the login is kept. `outage`: transport or status invite a new try."""
 
     def __init__(self, text: str, outage: bool = False, retry_after: float = 0) -> None:
         super().__init__(text)
@@ -157,8 +154,7 @@ class PermanentError(TokenError):
 
 
 class Record:
-    """Named fields: a subclass's annotations in their order, with its attributes as defaults.
-    Compared by identity."""
+    """Named fields: a subclass's annotations, its attributes as defaults; equal if identical."""
 
     def __init__(self, *values: Any, **named: Any) -> None:
         names = list(type(self).__annotations__)
@@ -170,8 +166,7 @@ class Record:
 
 
 def printable(text: str) -> str:
-    """The text without control characters and the like: what comes from outside must not drive a
-    terminal."""
+    """The text without control characters: what comes from outside must not drive a terminal."""
     return "".join(c for c in text if c.isprintable())
 
 
@@ -181,8 +176,7 @@ def printable(text: str) -> str:
 
 
 class Account(Record):
-    """One account as configured, texts as written. The fields from auth_uri to token_uri are
-    security-relevant."""
+    """An account, its texts as written; from auth_uri to token_uri all is security-relevant."""
 
     name: str
     auth_uri: str
@@ -198,14 +192,12 @@ class Account(Record):
     refresh_retry: int
 
     def redirect_uri_at(self, port: int) -> str:
-        """The redirect URI in normal form with our listener's port, whatever port is written in it
-        (RFC 8252 7.3)."""
+        """The redirect URI as sent, with our listener's port in place of its own (RFC 8252 7.3)."""
         return normal_uri(self.redirect_uri, port)
 
 
 class Config(Record):
-    """A whole configuration. Times are in seconds; a listener is the addresses it takes, the first
-    of them for sure."""
+    """Times are in seconds; a listener is the addresses it takes, the first of them for sure."""
 
     accounts: dict[str, Account]
     auth_notify_cmd: str | None = None
@@ -222,8 +214,7 @@ class Config(Record):
 
 
 class Token(Record):
-    """A lexical token: its kind (word, time, string, end, or the punctuation itself), text and
-    offset."""
+    """A lexical token: its kind (word, time, string, end, or the mark itself), text, offset."""
 
     kind: str
     text: str
@@ -255,8 +246,7 @@ A_STRING = "a string in double quotes"
 
 
 def decode_config(data: bytes) -> str:
-    """The text of a configuration file; a byte order mark is skipped. Raises ConfigError where it
-    is not UTF-8."""
+    """The text of a configuration file, less a byte order mark. Raises ConfigError if not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -266,14 +256,12 @@ def decode_config(data: bytes) -> str:
 
 
 def parse(text: str) -> Config:
-    """The configuration that a text holds. Raises ConfigError with line, column, and the line
-    itself."""
+    """The configuration in a text. Raises ConfigError with line, column, and the line itself."""
     return Parser(text).config()
 
 
 def config_error(text: str, at: int, message: str) -> ConfigError:
-    """The error at an offset: place and message, then that line (secrets starred) with a mark under
-    the culprit."""
+    """The error at an offset: place, message, that line (secrets starred), and a mark below it."""
     hidden = re.sub(
         r'(client_secret\s*=?\s*)((?:"[^"\\]*(?:\\.[^"\\]*)*"?)?[^;\n]*)',
         lambda match: match[1] + re.sub(r'[^"\n]', "*", match[2]),
@@ -291,8 +279,7 @@ def config_error(text: str, at: int, message: str) -> ConfigError:
 
 
 def tokens(text: str) -> Iterator[Token]:
-    """The lexical tokens of a configuration, lazily, and last an `end`. Raises ConfigError at what
-    is none."""
+    """The lexical tokens, lazily, and last an `end`. Raises ConfigError at what is none."""
     lexicon = re.compile(
         r"""(?P<blank>  [ \t\r\n]+ | //[^\n]* )
           | (?P<time>   [0-9]+[smhd] (?!\w) )
@@ -313,8 +300,7 @@ def tokens(text: str) -> Iterator[Token]:
 
 
 def lexical_error(text: str, at: int) -> ConfigError:
-    """What is wrong at an offset where no token starts: half a string, or a character that has no
-    place here."""
+    """What is wrong where no token starts: half a string, or a character that has no place here."""
     if text[at] != '"':
         hint = NOT_OURS.get(text[at])
         character = printable(text[at]) or f"\\x{ord(text[at]):02x}"
@@ -356,8 +342,7 @@ def split_uri(uri: str) -> urllib.parse.SplitResult:
 
 
 def normal_uri(uri: str, port: int | None = None) -> str:
-    """A configured URI as it is sent: scheme and host in lower case, `/` for no path, no default
-    port; or another port."""
+    """A URI as it is sent: scheme and host in lower case, a path, no default port; or this port."""
     parts = split_uri(uri)
     host = parts.hostname or ""
     if not host.isascii():
@@ -538,8 +523,7 @@ class Parser:
         return tuple(items)
 
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """map := "{" [ STRING ":" STRING { "," STRING ":" STRING } ] "}", its keys none that we
-        send ourselves."""
+        """map := "{" [ STRING ":" STRING { "," STRING ":" STRING } ] "}", no key being reserved."""
         self.take("{", 'a map of strings, {"key": "value"}')
         items = []
         if self.token.kind != "}":
@@ -610,8 +594,7 @@ class AuthorizationResponse(Record):
 
 
 class TokenResponse(Record):
-    """A good answer of the token endpoint (RFC 6749 5.1); expires_in in seconds, None if it gave no
-    sensible one."""
+    """A good answer (RFC 6749 5.1); expires_in is in seconds, None if there was no sensible one."""
 
     access_token: str
     expires_in: float | None
@@ -644,8 +627,7 @@ def authorization_request(account: Account, state: str, code_verifier: str,
 
 
 def authorization_response(query: str) -> AuthorizationResponse:
-    """The authorization server's answer in a redirect's query; a parameter given twice is a
-    BadRequest (RFC 6749 3.1)."""
+    """What a redirect's query says; a parameter given twice is a BadRequest (RFC 6749 3.1)."""
     found: dict[str, str] = {}
     for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
         if name in found and name in AuthorizationResponse.__annotations__:
@@ -681,8 +663,7 @@ def with_client_secret(form: dict[str, str], account: Account) -> dict[str, str]
 
 
 def without_secrets(text: str, form: dict[str, str]) -> str:
-    """A provider's message without the secrets of the form it may echo, and short enough to be
-    read."""
+    """A provider's message without the secrets of the form, which it may echo."""
     for field in ("code", "code_verifier", "refresh_token", "client_secret"):
         for secret in {form.get(field, ""), urllib.parse.quote_plus(form.get(field, ""))}:
             text = text.replace(secret, "...") if secret else text
@@ -698,8 +679,7 @@ def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes) -> 
 
 
 def token_response(outcome: bytes, form: dict[str, str]) -> TokenResponse:
-    """Judge what became of a token request. Raises TransientError or PermanentError, fit to be
-    shown to a person."""
+    """Judge a token request's outcome. Raises TransientError or PermanentError, fit to be shown."""
     head, _, body = outcome.partition(b"\n")
     status, retry_after, whole = (float(word) for word in head.split())
     if not status:
@@ -720,8 +700,7 @@ def token_response(outcome: bytes, form: dict[str, str]) -> TokenResponse:
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that a body is; empty if it is none. Numbers are floats: a million digits
-    cost nothing then."""
+    """The JSON object in a body, or {}. Numbers are floats: a million digits cost nothing then."""
     try:
         value = json.loads(body, parse_int=float)
     except (ValueError, RecursionError):
@@ -730,8 +709,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 
 def answer_fields(body: bytes, whole: bool) -> dict[str, Any]:
-    """The fields of an answer, which should be JSON but comes as a form from some providers, if it
-    is surely whole."""
+    """The fields of an answer: JSON, or a form, as some providers send, if it is surely whole."""
     fields = json_object(body)
     if not fields and whole:
         text = body.decode("ascii", "replace").strip()
@@ -740,8 +718,7 @@ def answer_fields(body: bytes, whole: bool) -> dict[str, Any]:
 
 
 def good_answer(answer: dict[str, Any]) -> TokenResponse | None:
-    """The tokens in an answer (RFC 6749 5.1), read with tolerance where honest providers differ;
-    None if it is no good."""
+    """The tokens in an answer (RFC 6749 5.1), read with tolerance; None if it is no good."""
     access_token, refresh_token = answer.get("access_token"), answer.get("refresh_token")
     token_type = answer.get("token_type")
     if not (isinstance(access_token, str) and re.fullmatch(r"[!-~]+", access_token)):
@@ -774,8 +751,7 @@ def oauth_error(body: bytes, form: dict[str, str]) -> str:
 
 
 def shown_error(words: list[str]) -> str:
-    """An error and its description, for a person: a colon before each, no control characters, 500
-    characters at most."""
+    """An error and its description for a person: colons before them, 500 characters at most."""
     return "".join(f": {printable(word)}" for word in words if word)[:500]
 
 
@@ -801,16 +777,14 @@ STATUS_TEXTS = {
 
 
 def until_eof(buffer: bytearray, eof: bool) -> bytes | None:
-    """A control request: all there is until end of file. Raises RequestError as soon as it is too
-    long."""
+    """A control request: all until end of file. Raises RequestError as soon as it is too long."""
     if len(buffer) > REQUEST_LIMIT:
         raise RequestError(f"The request is longer than {REQUEST_LIMIT >> 10} KiB")
     return bytes(buffer) if eof else None
 
 
 def http_head(buffer: bytearray, eof: bool) -> Head | None:
-    """The head of an HTTP/1.x GET request (RFC 9112). Raises BadRequest as soon as it is clear that
-    it is none."""
+    """The head of a GET (RFC 9112). Raises BadRequest as soon as it is clear that it is none."""
     line_end = buffer.find(b"\n")
     line = bytes(buffer[: line_end if line_end >= 0 else 32])
     check_request_line(line, line_end >= 0)
@@ -839,8 +813,7 @@ def check_request_line(line: bytes, whole: bool) -> None:
 
 
 def host_header(headers: bytes) -> str:
-    """The Host among the header lines, of which there must be exactly one. Raises BadRequest, also
-    for a body announced."""
+    """The one Host among the header lines. Raises BadRequest, also for a body announced."""
     hosts = []
     for line in headers.split(b"\n"):
         match = re.fullmatch(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r?", line)
@@ -857,8 +830,7 @@ def host_header(headers: bytes) -> str:
 
 
 def redirect_matches(redirect_uri: str, scheme: str, head: Head) -> bool:
-    """Does a request arrive at this redirect URI (in normal form)? It may carry more query pairs,
-    but none less."""
+    """Does a request arrive at this redirect URI? It may carry more query pairs, but none less."""
     expected = urllib.parse.urlsplit(redirect_uri)
     path, _, query = head.target.partition("?")
     host = re.sub(f":{80 if scheme == 'http' else 443}$", "", head.host.lower())
@@ -871,8 +843,7 @@ def redirect_matches(redirect_uri: str, scheme: str, head: Head) -> bool:
 
 
 def page(status: int, text: str) -> bytes:
-    """A whole HTTP response that tells a person something. Whatever text came from outside is
-    escaped here."""
+    """A whole HTTP response with a text for a person, in which all from outside is escaped."""
     style = ("body{font:1.1em/1.5 sans-serif;max-width:36em;margin:15vh auto;padding:0 1em;"
              "overflow-wrap:anywhere}")
     body = (
@@ -899,8 +870,7 @@ def page(status: int, text: str) -> bytes:
 
 
 def refusal(error: PizauthError) -> bytes:
-    """What a peer reads whose request was refused: a page for a browser, `error:` for a control
-    client."""
+    """What a refused peer reads: a browser a page, a control client `error:` and a sentence."""
     if isinstance(error, BadRequest):
         return page(error.status, str(error))
     return f"error:{error}".encode("utf-8", "replace")
@@ -964,9 +934,9 @@ class Active(Record):
 
 SUPERSEDED = "This authorization request is void: there is a newer one, or the account has changed."
 NO_REFRESH_TOKEN = (
-    "the provider gave no refresh token, so you will have to authorise this account again when its"
-    " access token expires; what usually helps is the scope offline_access, or access_type=offline"
-    " or prompt=consent in auth_uri_fields"
+    "the provider gave no refresh token, so this account must be authorised again when its access"
+    " token expires; what usually helps is the scope offline_access, or prompt=consent in"
+    " auth_uri_fields (beside access_type=offline, which is always sent)"
 )
 
 
@@ -1037,8 +1007,7 @@ class Authenticator:
 
     def _replace(self, name: str, token: Pending | Active | None, event: str | None,
                  told: str) -> None:
-        """Put an account into another state: the only way to do so. Browsers that wait for the old
-        one are told why."""
+        """Change an account's state: the only way to. Browsers waiting for the old are told why."""
         old = self._tokens[name]
         self._tokens[name] = token
         self._rescheduled()
@@ -1065,8 +1034,7 @@ class Authenticator:
         return pending
 
     def _remind(self, name: str, pending: Pending) -> None:
-        """Remind the person of the URL; leaves the Pending in place, so that an exchange in flight
-        is not disturbed."""
+        """Remind the person of the URL; the Pending stays, and with it an exchange in flight."""
         now = self._clock.now()
         pending.notified_at = now
         pending.remind_at = now + max(self.config.auth_notify_interval, REMINDER_GAP)
@@ -1206,8 +1174,7 @@ class Authenticator:
             self._exchange(name, pending)
 
     def _pending_by_state(self, state: str) -> tuple[str, Pending | None]:
-        """The account, if any, whose request has this state, found in a time that tells nothing
-        (RFC 6749 10.12)."""
+        """Whose request has this state, found in a time that tells nothing (RFC 6749 10.12)?"""
         wanted = state.encode()
         for name, token in self._tokens.items():
             if isinstance(token, Pending) and secrets.compare_digest(token.state.encode(), wanted):
@@ -1221,8 +1188,7 @@ class Authenticator:
         answer(json.dumps(ports).encode())
 
     def _refresh_now(self, rest: bytes, answer: Answer) -> None:
-        """A refresh, or a fresh request where there is nothing to refresh; nobody waits for the
-        outcome."""
+        """A refresh, or a fresh request if there is nothing to refresh; nobody waits for it."""
         with_url, account = self._option_and_account(rest)
         token = self._current(account.name)
         if not isinstance(token, Active):
@@ -1330,8 +1296,7 @@ class Authenticator:
 
 
 def run_child(work: Callable[[], bytes], pipe: int, limit: float) -> NoReturn:
-    """Be a child: let go of all that is the server's, write what work() returns into the pipe, and
-    end."""
+    """Be a child: drop what is the server's, write what work() returns into the pipe, end."""
     try:
         gc.freeze()  # a server object's finaliser would close descriptors that are ours by then
         gc.disable()
@@ -1352,8 +1317,7 @@ def run_child(work: Callable[[], bytes], pipe: int, limit: float) -> NoReturn:
 
 
 def post_form(uri: str, form: dict[str, str]) -> bytes:
-    """Runs in a child: post a form and return outcome_bytes(). A redirect is not followed: it would
-    carry secrets elsewhere."""
+    """Runs in a child: post a form, following no redirect, which would carry secrets elsewhere."""
     import http.client
     import urllib.request
 
@@ -1395,8 +1359,7 @@ def is_loopback(uri: str) -> bool:
 
 
 def retry_after(value: str | None) -> float:
-    """The seconds that a Retry-After asks for, which may be a date (RFC 9110 10.2.3); 0 if it makes
-    no sense."""
+    """The seconds that a Retry-After, maybe a date, asks for (RFC 9110 10.2.3); 0 for nonsense."""
     from email.utils import parsedate_to_datetime
 
     if value is None:
@@ -1415,8 +1378,7 @@ def retry_after(value: str | None) -> float:
 
 
 class Clock:
-    """The time: one clock that counts the time a machine is suspended, and the wall's. Tests have
-    their own."""
+    """The time, by a clock that counts suspension and by the wall's. Tests have their own."""
 
     def __init__(self) -> None:
         self._id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -1586,8 +1548,7 @@ class Listener:
 
 
 class Child:
-    """A forked child: what it has written so far, and who waits for it. `then` is None once nobody
-    does."""
+    """A forked child: what it has written so far, and who waits for it; None if nobody does."""
 
     def __init__(self, loop: Loop, pid: int, pipe: int, limit: float,
                  then: Callable[[int | None, bytes], None]) -> None:
@@ -1599,13 +1560,13 @@ class Child:
         loop.selector.register(pipe, selectors.EVENT_READ, self.ready)
 
     def ready(self, _events: int = 0) -> bool:
-        """Take in what the child has written; is there more to come?"""
+        """Take in what the child has written; was there anything?"""
         if self.pipe < 0:
             return False
         try:
             data = os.read(self.pipe, CHUNK)
         except BlockingIOError:
-            return True
+            return False
         self.output += data
         if not data:
             self._close_pipe()
@@ -1634,7 +1595,7 @@ class Child:
             return
         del self.loop.children[self.pid]
         while self.ready():
-            pass  # nothing else holds the pipe's other end, so there is an end to this
+            pass  # what it wrote last
         self._close_pipe()
         if self.then is not None:
             self.then(os.waitstatus_to_exitcode(status), bytes(self.output))
@@ -1748,8 +1709,7 @@ class Loop:
     # Connections: a cap for each kind, and what happens when descriptors run out.
 
     def make_room(self, kind: str) -> bool:
-        """May one more connection of this kind be served? At the cap, the one that has been reading
-        longest must go."""
+        """Is there room for one more? At the cap the one that has been reading longest must go."""
         exchanges = self.exchanges[kind]
         if len(exchanges) < CONNECTIONS[kind]:
             return True
@@ -1766,8 +1726,7 @@ class Loop:
             self._resume(listener)
 
     def pause(self, listener: Listener) -> None:
-        """Descriptors or memory have run out: accept no more until some are free, or a while has
-        passed."""
+        """Descriptors or memory have run out: accept no more until some are free or time passed."""
         self.log(WARNING, "Out of descriptors or memory: accepting connections is paused")
         listener.pause()
         self.paused[listener] = self.clock.now() + PAUSE
@@ -1811,8 +1770,7 @@ class Loop:
 
     def post(self, uri: str, form: dict[str, str], urgent: bool,
              then: Callable[[bytes], None]) -> Cancel:
-        """Start a token request in a child as soon as there is a slot; code exchanges are urgent,
-        refreshes are not."""
+        """Start a token request in a child once there is a slot; code exchanges are urgent."""
         request = TokenRequest(uri, form, urgent, then)
         self.requests.append(request)
         self._start_requests()
@@ -1879,8 +1837,7 @@ def runtime_directory() -> str:
 
 
 def check_directory(path: str) -> None:
-    """Raise PizauthError unless a path is a directory, no symbolic link, and our user's: else it is
-    a trap."""
+    """Raise PizauthError unless a path is a real directory of our user's: else it is a trap."""
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode):
         raise PizauthError(f"{path} is not a directory: move it out of the way")
@@ -1965,8 +1922,7 @@ def load_config(path: str) -> Config:
 
 
 def make_runtime_directory() -> str:
-    """The directory of our socket, made if need be; refused unless it and what we made above it are
-    ours alone."""
+    """Our socket's directory, made if need be; refused unless it and its parent are ours alone."""
     directory = runtime_directory()
     above = [] if os.environ.get("XDG_RUNTIME_DIR") else [os.path.dirname(directory)]
     for path in [*above, directory]:
@@ -1986,8 +1942,7 @@ def make_runtime_directory() -> str:
 
 
 def take_lock(directory: str) -> int:
-    """A descriptor that holds the lock on being the server. Raises PizauthError if another one is,
-    locked or not."""
+    """A descriptor holding the lock. Raises PizauthError if a server runs, with a lock or not."""
     path = os.path.join(directory, "pizauth.lock")
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -2105,8 +2060,7 @@ class Server:
                         partial(self.authenticator.redirected, "http"))
 
     def check_socket(self) -> None:
-        """Once a minute, when awake anyway: make the control socket anew if it was swept away; end
-        if it is another's."""
+        """Once a minute, if awake: bind anew a socket that was swept away; end if it is taken."""
         if self.clock.now() < self.control_checked + SOCKET_CHECK:
             return
         self.control_checked = self.clock.now()
@@ -2117,13 +2071,20 @@ class Server:
             self.authenticator.stopping = True
         except FileNotFoundError:
             self.log(WARNING, f"{self.control_path} is gone: making it anew")
-            self.control.close()
+            self.remake_socket()
+
+    def remake_socket(self) -> None:
+        """Bind the control socket anew; what is in the way of that may pass until the next look."""
+        try:
             make_runtime_directory()
+            replaced = self.control
             self.listen_to_clients()
+            replaced.close()
+        except PizauthError as error:
+            self.log(ERROR, str(error))
 
     def run(self, ready: Callable[[], None] = lambda: None) -> int:
-        """Serve until told to stop, then leave nothing behind; ready() is called when clients are
-        answered."""
+        """Serve until told to stop and leave nothing behind; ready() says that clients can come."""
         self.loop.catch_signals()
         count = len(self.authenticator.config.accounts)
         ready()
@@ -2133,8 +2094,7 @@ class Server:
         return 0
 
     def end(self) -> None:
-        """Close the sockets, release the lock, and last let go the clients that wait, `shutdown`
-        among them."""
+        """Close sockets, release the lock, and last let go who waits, the `shutdown` client too."""
         self.log(INFO, "Stopping")
         for listener in [self.control, *self.listeners]:
             listener.close()
@@ -2185,8 +2145,7 @@ def limit_resources() -> None:
 
 
 def ask(request: bytes) -> bytes:
-    """The server's reply to one request. Raises PizauthError if there is no server, or somebody
-    else's."""
+    """The server's reply. Raises PizauthError if there is no server, or somebody else's."""
     import _socket
 
     directory = runtime_directory()
@@ -2211,8 +2170,7 @@ def ask(request: bytes) -> bytes:
 
 
 def asked(verb: bytes, rest: bytes = b"") -> tuple[bytes, str]:
-    """The kind and the text of the reply to a request. Raises PizauthError if it is an error, or
-    there is no token yet."""
+    """Kind and text of the reply. Raises PizauthError if it is an error, or no token yet."""
     kind, colon, raw = ask(verb + b":" + rest).partition(b":")
     text = raw.decode("utf-8", "replace")
     if kind == b"error":
