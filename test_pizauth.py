@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0 OR MIT
-"""Tests of pizauth.py, in the order of its sections; and a demonstration that needs nothing but Python.
+"""Tests of pizauth.py, in the order of its sections; and a demonstration that needs only Python.
 
     python3 test_pizauth.py                 the tests (unittest's options and names may follow)
-    python3 test_pizauth.py demo [--stay]   the main job before your eyes, against a provider started here
+    python3 test_pizauth.py demo [--stay]   the main job before your eyes, with its own provider
 
-All but the last two classes run without a socket or with a socket pair, by a clock that only tests move.
+All but the last two classes run without a socket or with a socket pair, by a clock that only
+tests move.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import base64
 import contextlib
 import hashlib
 import http.server
+import importlib.util
 import io
 import json
 import os
@@ -27,11 +29,13 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unittest
 import unittest.mock
 import urllib.error
 import urllib.parse
 import urllib.request
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import pizauth
 
@@ -55,7 +59,7 @@ def config(text=None):
 
 
 class Clock(pizauth.Clock):
-    """A clock that stands still until a test moves it; the wall's is 1,795,438,800 s after the epoch at 1000."""
+    """A clock that stands still until a test moves it; at 1000 the wall's is at 1,795,438,800."""
 
     def __init__(self):
         self.moment, self.offset = 1000.0, 1_795_438_800.0 - 1000
@@ -87,7 +91,8 @@ class Post:
 
     def grant(self, access_token="at1", refresh_token="rt1", expires_in=3600, **fields):
         """Have it give tokens."""
-        tokens = {"access_token": access_token, "refresh_token": refresh_token, "expires_in": expires_in}
+        tokens = {
+            "access_token": access_token, "refresh_token": refresh_token, "expires_in": expires_in}
         self.answer(**{"token_type": "Bearer", **tokens, **fields})
 
     def fail(self, reason="connection refused"):
@@ -123,7 +128,7 @@ class World:
         return self.ask(f"refresh:withurl {name}")
 
     def visit(self, target, scheme="http", host="localhost:8080"):
-        """The pages that a browser gets which asks for this target: a list that fills when it is answered."""
+        """What a browser gets that asks for this target: a list that fills when it is answered."""
         pages = []
         self.auth.redirected(scheme, pizauth.Head(target, host), pages.append)
         return pages
@@ -167,8 +172,9 @@ def text_of(page):
 
 
 class Provider:
-    """Strict about PKCE, redirect URIs, clients and codes used twice. A `fault` in the token URI's query, a key of FAULTS,
-    makes the token endpoint fail that way at every refresh while `broken` is set."""
+    """Strict about PKCE, redirect URIs, clients and codes used twice. A `fault` in the token URI's
+    query, a key of FAULTS, makes the token endpoint fail that way at every refresh while `broken`
+    is set."""
 
     def __init__(self, expires_in=3600):
         self.expires_in, self.broken = expires_in, False
@@ -193,8 +199,9 @@ class Provider:
         """The configuration of an account here."""
         token_uri = f"{self.url}/token" + (f"?fault={fault}" if fault else "")
         return (
-            f'account "{name}" {{\n    auth_uri = "{self.url}/authorize";\n    token_uri = "{token_uri}";\n'
-            f'    client_id = "the-client";\n    client_secret = "hush-hush";\n    scopes = ["mail", "offline_access"];\n'
+            f'account "{name}" {{\n    auth_uri = "{self.url}/authorize";\n'
+            f'    token_uri = "{token_uri}";\n    client_id = "the-client";\n'
+            f'    client_secret = "hush-hush";\n    scopes = ["mail", "offline_access"];\n'
             f"    {extra}\n}}\n"
         )
 
@@ -220,7 +227,9 @@ class Provider:
             digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
             proof = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
             if challenge != proof or redirect_uri != form.get("redirect_uri"):
-                return 400, {"error": "invalid_grant", "error_description": "bad code, verifier or redirect_uri"}
+                return 400, {
+                    "error": "invalid_grant",
+                    "error_description": "bad code, verifier or redirect_uri"}
         elif form.get("grant_type") != "refresh_token":
             return 400, {"error": "unsupported_grant_type"}
         elif form.get("refresh_token") not in self.refresh_tokens:
@@ -301,16 +310,17 @@ FAULTS = {
     "empty": lambda handler, form: handler.reply(200, {}),
     "404": lambda handler, form: handler.reply(404, b"not here", kind="text/plain"),
     "reset": lambda handler, form: handler.reset(),
-    "short": lambda handler, form: handler.raw(OK_HEAD, b'Content-Length: 900\r\n\r\n{"access_token": "cut"}'),
+    "short": lambda handler, form: handler.raw(
+        OK_HEAD, b'Content-Length: 900\r\n\r\n{"access_token": "cut"}'),
     "garbage": lambda handler, form: handler.raw(b"\x16\x03\x01 nonsense\r\n\r\n"),
     "huge": lambda handler, form: handler.raw(OK_HEAD + b"\r\n", *[b" " * (1 << 20)] * 64),
     "redirect": lambda handler, form: handler.reply(
-        307, {}, [("Location", f"{handler.server.provider.url}/elsewhere")]
-    ),
-    "echo": lambda handler, form: handler.reply(
-        502, {"error": "server_error", "error_description": "\x1b[2Jcannot use " + " ".join(form.values())}
-    ),
-    "drip": lambda handler, form: handler.raw(OK_HEAD + b"Content-Length: 9000\r\n\r\n", *[b" "] * 9000, pause=0.2),
+        307, {}, [("Location", f"{handler.server.provider.url}/elsewhere")]),
+    "echo": lambda handler, form: handler.reply(502, {
+        "error": "server_error",
+        "error_description": "\x1b[2Jcannot use " + " ".join(form.values())}),
+    "drip": lambda handler, form: handler.raw(
+        OK_HEAD + b"Content-Length: 9000\r\n\r\n", *[b" "] * 9000, pause=0.2),
     "silent": lambda handler, form: handler.server.provider.closing.wait(60),
 }
 SLOW_FAULTS = ("drip", "silent")
@@ -326,7 +336,9 @@ class Daemon:
         self.directory = tempfile.mkdtemp(prefix="piz")
         self.config = os.path.join(self.directory, "pizauth.conf")
         self.log = os.path.join(self.directory, "log")
-        kept = {name: value for name, value in os.environ.items() if not name.endswith(("_proxy", "_PROXY"))}
+        kept = {
+            name: value for name, value in os.environ.items()
+            if not name.endswith(("_proxy", "_PROXY"))}
         places = dict.fromkeys(("HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"), self.directory)
         self.environment = {**kept, **places, **dict(environment)}
         self.options, self.process = options, None
@@ -345,8 +357,8 @@ class Daemon:
         """Start the server in the foreground, and wait until it answers."""
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, PROGRAM, "server", "-d", *self.options], env=self.environment, stderr=log, stdin=subprocess.DEVNULL
-            )
+                [sys.executable, PROGRAM, "server", "-d", *self.options], env=self.environment,
+                stderr=log, stdin=subprocess.DEVNULL)
         until(lambda: self.process.poll() is not None or os.path.exists(self.socket))
         assert self.process.poll() is None, self.logged()
 
@@ -363,8 +375,8 @@ class Daemon:
     def run(self, *arguments):
         """Run a client to its end."""
         return subprocess.run(
-            [sys.executable, PROGRAM, *arguments], env=self.environment, capture_output=True, text=True, timeout=60
-        )
+            [sys.executable, PROGRAM, *arguments], env=self.environment, capture_output=True,
+            text=True, timeout=60)
 
     def show(self, name="work"):
         """The access token; empty if there is none."""
@@ -404,7 +416,7 @@ def visit(url):
 
 
 def until(condition, limit=15.0):
-    """Wait until a condition holds, and return what it gave; after the limit, whatever it gives then."""
+    """Wait until a condition holds and return what it gave; after the limit, what it gives then."""
     end = time.monotonic() + limit
     while not (value := condition()) and time.monotonic() < end:
         time.sleep(0.02)
@@ -423,64 +435,87 @@ class ConfigTest(unittest.TestCase):
     def test_every_option_is_read_and_kept_as_written(self):
         got = config(
             'auth_notify_cmd = "a \\"b\\" \\\\"; auth_notify_interval = 1m; error_notify_cmd = "e";'
-            'http_listen = "127.0.0.1:80"; https_listen = "[::1]:0"; refresh_at_least = 2h; refresh_before_expiry = 3s;'
-            'refresh_retry = 4d; startup_cmd = "s"; token_event_cmd = "t\nu"; transient_error_if_cmd = "i"; // note\n'
-            'account "wörk \\"1\\"" { auth_uri = "HTTP://A.example/x?y=z"; token_uri = "https://t"; client_id = "c";'
-            'client_secret = "s"; auth_uri_fields = {"k": "1", "k": "2"}; scopes = ["b", "a"]; login_hint = "h";'
-            'redirect_uri = "http://localhost:99/p"; refresh_at_least = 5s; refresh_before_expiry = 6s; refresh_retry = 7s; }'
+            'http_listen = "127.0.0.1:80"; https_listen = "[::1]:0"; refresh_at_least = 2h; '
+            'refresh_before_expiry = 3s;refresh_retry = 4d; startup_cmd = "s"; '
+            'token_event_cmd = "t\nu"; transient_error_if_cmd = "i"; // note\n'
+            'account "wörk \\"1\\"" { auth_uri = "HTTP://A.example/x?y=z"; '
+            'token_uri = "https://t"; client_id = "c";client_secret = "s"; '
+            'auth_uri_fields = {"k": "1", "k": "2"}; scopes = ["b", "a"]; login_hint = "h";'
+            'redirect_uri = "http://localhost:99/p"; refresh_at_least = 5s; '
+            'refresh_before_expiry = 6s; refresh_retry = 7s; }'
         )
         self.assertEqual(vars(got) | {"accounts": None}, {
-            "accounts": None, "auth_notify_cmd": 'a "b" \\', "auth_notify_interval": 60, "error_notify_cmd": "e",
-            "http_listen": (("127.0.0.1", 80),), "https_listen": (("::1", 0),), "refresh_at_least": 7200,
-            "refresh_before_expiry": 3, "refresh_retry": 345600, "startup_cmd": "s", "token_event_cmd": "t\nu",
+            "accounts": None, "auth_notify_cmd": 'a "b" \\', "auth_notify_interval": 60,
+            "error_notify_cmd": "e", "http_listen": (("127.0.0.1", 80),),
+            "https_listen": (("::1", 0),), "refresh_at_least": 7200, "refresh_before_expiry": 3,
+            "refresh_retry": 345600, "startup_cmd": "s", "token_event_cmd": "t\nu",
             "transient_error_if_cmd": "i",
-        })  # fmt: skip
+        })
         self.assertEqual(vars(got.accounts['wörk "1"']), {
-            "name": 'wörk "1"', "auth_uri": "HTTP://A.example/x?y=z", "auth_uri_fields": (("k", "1"), ("k", "2")),
-            "client_id": "c", "client_secret": "s", "redirect_uri": "http://localhost:99/p", "scopes": ("b", "a"),
-            "token_uri": "https://t", "login_hint": "h", "refresh_at_least": 5, "refresh_before_expiry": 6,
+            "name": 'wörk "1"', "auth_uri": "HTTP://A.example/x?y=z",
+            "auth_uri_fields": (("k", "1"), ("k", "2")), "client_id": "c", "client_secret": "s",
+            "redirect_uri": "http://localhost:99/p", "scopes": ("b", "a"), "token_uri": "https://t",
+            "login_hint": "h", "refresh_at_least": 5, "refresh_before_expiry": 6,
             "refresh_retry": 7,
-        })  # fmt: skip
+        })
 
     def test_defaults(self):
         got = config()
-        times = got.auth_notify_interval, got.refresh_at_least, got.refresh_before_expiry, got.refresh_retry
+        times = (
+            got.auth_notify_interval, got.refresh_at_least, got.refresh_before_expiry,
+            got.refresh_retry)
         self.assertEqual(times, (900, 5400, 90, 40))
         self.assertEqual(got.http_listen, (("127.0.0.1", 0), ("::1", 0)))
         self.assertEqual(got.accounts["x"].redirect_uri, "http://localhost/")
-        self.assertEqual((got.auth_notify_cmd, got.accounts["x"].client_secret, got.accounts["x"].scopes), (None, None, ()))
+        self.assertEqual(
+            (got.auth_notify_cmd, got.accounts["x"].client_secret, got.accounts["x"].scopes),
+            (None, None, ()))
 
     def test_times_of_an_account_override_the_globals_wherever_these_stand(self):
-        got = config(account("x", "refresh_retry = 1s;") + account("y") + "refresh_retry = 2m; refresh_at_least = 1h;")
+        got = config(
+            account("x", "refresh_retry = 1s;") + account("y")
+            + "refresh_retry = 2m; refresh_at_least = 1h;")
         self.assertEqual([a.refresh_retry for a in got.accounts.values()], [1, 120])
         self.assertEqual([a.refresh_at_least for a in got.accounts.values()], [3600, 3600])
 
     def test_telling_rows_of_the_originals_verdicts(self):
         base = account().strip()
         accepted = [
-            base, base + "\r\n", "// c\n" + base, base + "// end", base.replace("{", "// x\n{", 1), base.replace(" ", ""),
-            base + 'http_listen = "[::1]:0";', base + "https_listen = none;", base + "https_listen = off;",
-            account(extra='redirect_uri = "http://localhost:1234/path?a=b";'), account(extra="scopes = [];"),
-            account(extra="auth_uri_fields = {};"), account(extra='auth_uri_fields = {"a": "b", "a": "c"};'),
-            account(extra='client_secret = "c\\\\";'), account(extra='client_secret = "a\tb//";'), account(""), account("a b"),
-            account(extra="refresh_retry = 01s;"), account(extra="refresh_retry = 18446744073709551615s;"),
-            account(extra='redirect_uri = "https://a.com/b[?c=d";'), account(extra='redirect_uri = "HTTP://A.COM/";'),
-            account(extra='redirect_uri = "http://b,.com";'), account(extra='login_hint = "state";'),
-            account(extra='redirect_uri = "http://127.0.0.1:1/x";'), account(extra='redirect_uri = "http://[::1]/";'),
+            base, base + "\r\n", "// c\n" + base, base + "// end", base.replace("{", "// x\n{", 1),
+            base.replace(" ", ""), base + 'http_listen = "[::1]:0";', base + "https_listen = none;",
+            base + "https_listen = off;",
+            account(extra='redirect_uri = "http://localhost:1234/path?a=b";'),
+            account(extra="scopes = [];"), account(extra="auth_uri_fields = {};"),
+            account(extra='auth_uri_fields = {"a": "b", "a": "c"};'),
+            account(extra='client_secret = "c\\\\";'), account(extra='client_secret = "a\tb//";'),
+            account(""), account("a b"), account(extra="refresh_retry = 01s;"),
+            account(extra="refresh_retry = 18446744073709551615s;"),
+            account(extra='redirect_uri = "https://a.com/b[?c=d";'),
+            account(extra='redirect_uri = "HTTP://A.COM/";'),
+            account(extra='redirect_uri = "http://b,.com";'),
+            account(extra='login_hint = "state";'),
+            account(extra='redirect_uri = "http://127.0.0.1:1/x";'),
+            account(extra='redirect_uri = "http://[::1]/";'),
         ]
         for text in accepted:
             with self.subTest(text=text):
                 pizauth.parse(text)
         refused = [
-            "", " ", "// only", base + "/* c */", base + "# c", base + "\0", base + "\f", base + "\xa0", base + "}",
-            account(extra='scopes = ["a",];'), account(extra="scopes = [,];"), account(extra="auth_uri_fields = {,};"),
-            account(extra="refresh_retry = 1 s;"), account(extra="refresh_retry = 1.5h;"), account(extra="refresh_retry = -1s;"),
-            account(extra="refresh_retry = 1h2m;"), account(extra="refresh_retry = s;"), account(extra=";"),
-            account(extra="refresh_retry = 213503982334602d;"), account(extra='redirect_uri = "ftp://a.com";'),
-            account(extra='redirect_uri = "mailto:x@y";'), account(extra='redirect_uri = "http://";'),
-            account(extra='redirect_uri = "http://a b.com/";'), account(extra='redirect_uri = "http://a.com:99999/";'),
-            account(extra='redirect_uri = "http:a.com";'), account(extra='redirect_uri = " http://a.com";'),
-            base + "https_listen = NONE;", base + 'http_listen = ["a"];', base + "auth_notify_cmd = none;",
+            "", " ", "// only", base + "/* c */", base + "# c", base + "\0", base + "\f",
+            base + "\xa0", base + "}", account(extra='scopes = ["a",];'),
+            account(extra="scopes = [,];"), account(extra="auth_uri_fields = {,};"),
+            account(extra="refresh_retry = 1 s;"), account(extra="refresh_retry = 1.5h;"),
+            account(extra="refresh_retry = -1s;"), account(extra="refresh_retry = 1h2m;"),
+            account(extra="refresh_retry = s;"), account(extra=";"),
+            account(extra="refresh_retry = 213503982334602d;"),
+            account(extra='redirect_uri = "ftp://a.com";'),
+            account(extra='redirect_uri = "mailto:x@y";'),
+            account(extra='redirect_uri = "http://";'),
+            account(extra='redirect_uri = "http://a b.com/";'),
+            account(extra='redirect_uri = "http://a.com:99999/";'),
+            account(extra='redirect_uri = "http:a.com";'),
+            account(extra='redirect_uri = " http://a.com";'), base + "https_listen = NONE;",
+            base + 'http_listen = ["a"];', base + "auth_notify_cmd = none;",
         ]
         for text in refused:
             with self.subTest(text=text), self.assertRaises(pizauth.ConfigError):
@@ -489,7 +524,8 @@ class ConfigTest(unittest.TestCase):
     def test_every_row_of_the_originals_verdicts(self):
         corpus = os.path.join(HERE, "..", "shared", "config-corpus.json")
         if not os.path.exists(corpus):
-            self.skipTest("the corpus is not beside this checkout; its telling rows are in the test above")
+            self.skipTest(
+                "the corpus is not beside this checkout; its telling rows are in the test above")
         with open(corpus, encoding="utf-8") as file:
             rows = json.load(file)
         for row in rows:
@@ -536,12 +572,17 @@ class ConfigTest(unittest.TestCase):
         self.assertEqual(pizauth.decode_config(b"\xef\xbb\xbfa"), "a")
         with self.assertRaises(pizauth.ConfigError) as caught:
             pizauth.decode_config(b"ok\n\nab\xff")
-        self.assertEqual(str(caught.exception), "line 3: byte 0xff is not UTF-8: save the file as UTF-8")
+        self.assertEqual(
+            str(caught.exception), "line 3: byte 0xff is not UTF-8: save the file as UTF-8")
 
     def test_every_truncation_and_mutation_gives_a_config_or_a_config_error(self):
-        text = account("x", 'scopes = ["a", "b"]; auth_uri_fields = {"k": "v"}; refresh_retry = 1s; // c\n')
+        text = account(
+            "x", 'scopes = ["a", "b"]; auth_uri_fields = {"k": "v"}; refresh_retry = 1s; // c\n')
         for at in range(len(text)):
-            for changed in (text[:at], text[:at] + '"' + text[at:], text[:at] + text[at + 1 :], text[:at] + "\\" + text[at:]):
+            for changed in (
+                text[:at], text[:at] + '"' + text[at:], text[:at] + text[at + 1 :],
+                text[:at] + "\\" + text[at:],
+            ):
                 with contextlib.suppress(pizauth.ConfigError):
                     pizauth.parse(changed)
 
@@ -552,7 +593,10 @@ class ConfigTest(unittest.TestCase):
                 pizauth.parse(piece * n)
             return time.perf_counter() - start
 
-        for piece in ("\\", '"a" ', "// comment\n", 'account "x" { scopes = ["a","b"]; } ', "[", " ", '"\\\\', "9", "é"):
+        for piece in (
+            "\\", '"a" ', "// comment\n", 'account "x" { scopes = ["a","b"]; } ', "[", " ",
+            '"\\\\', "9", "é",
+        ):
             with self.subTest(piece=piece):
                 small = min(cost(20_000, piece) for _ in range(3))
                 self.assertLess(cost(200_000, piece), 60 * small + 0.2)
@@ -576,7 +620,8 @@ class ConfigTest(unittest.TestCase):
             ("http://localhost:1/p?a=b", 8080, "http://localhost:8080/p?a=b"),
             ("http://LOCALHOST:1", 80, "http://localhost/"),
         ):
-            got = config(account(extra=f'redirect_uri = "{uri}";')).accounts["x"].redirect_uri_at(port)
+            got = config(
+                account(extra=f'redirect_uri = "{uri}";')).accounts["x"].redirect_uri_at(port)
             self.assertEqual(got, expected)
 
 
@@ -745,44 +790,52 @@ CONFIG_ERRORS = [
 class MessagesTest(unittest.TestCase):
     def test_code_challenge_is_that_of_rfc_7636_appendix_b(self):
         verifier = "dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk"
-        self.assertEqual(pizauth.code_challenge(verifier), "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM")
+        self.assertEqual(
+            pizauth.code_challenge(verifier), "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM")
 
     def test_authorization_request_has_its_fields_in_order(self):
         one = config(account("x", (
-            'client_secret = "hush"; scopes = ["a", "b&c"]; login_hint = "me"; auth_uri_fields = {"p": "1", "p": "ü"};'
-        ))).accounts["x"]  # fmt: skip
+            'client_secret = "hush"; scopes = ["a", "b&c"]; login_hint = "me"; '
+            'auth_uri_fields = {"p": "1", "p": "ü"};'
+        ))).accounts["x"]
         url = pizauth.authorization_request(one, "st", "ver", "http://localhost:8080/")
         self.assertTrue(url.startswith("http://a.example/?access_type=offline&"))
         self.assertEqual(urllib.parse.parse_qsl(url.partition("?")[2]), [
             ("access_type", "offline"), ("code_challenge", pizauth.code_challenge("ver")),
-            ("code_challenge_method", "S256"), ("client_id", "cid"), ("redirect_uri", "http://localhost:8080/"),
-            ("response_type", "code"), ("state", "st"), ("scope", "a b&c"), ("p", "1"), ("p", "ü"), ("login_hint", "me"),
-        ])  # fmt: skip
+            ("code_challenge_method", "S256"), ("client_id", "cid"),
+            ("redirect_uri", "http://localhost:8080/"), ("response_type", "code"), ("state", "st"),
+            ("scope", "a b&c"), ("p", "1"), ("p", "ü"), ("login_hint", "me"),
+        ])
         self.assertNotIn("hush", url)
 
     def test_authorization_request_keeps_the_query_of_auth_uri_and_omits_empty_scopes(self):
         text = account().replace("http://a.example", "http://A.example/auth?tenant=7")
-        url = pizauth.authorization_request(config(text).accounts["x"], "st", "ver", "http://localhost/")
+        url = pizauth.authorization_request(
+            config(text).accounts["x"], "st", "ver", "http://localhost/")
         self.assertTrue(url.startswith("http://a.example/auth?tenant=7&access_type=offline&"))
         self.assertNotIn("scope", query_of(url))
 
     def test_forms(self):
-        plain, empty = config().accounts["x"], config(account(extra='client_secret = "";')).accounts["x"]
+        plain, empty = (
+            config().accounts["x"], config(account(extra='client_secret = "";')).accounts["x"])
         self.assertEqual(pizauth.access_token_request(plain, "c", "v", "http://localhost/"), {
-            "code": "c", "client_id": "cid", "code_verifier": "v", "redirect_uri": "http://localhost/",
-            "grant_type": "authorization_code",
-        })  # fmt: skip
+            "code": "c", "client_id": "cid", "code_verifier": "v",
+            "redirect_uri": "http://localhost/", "grant_type": "authorization_code",
+        })
         self.assertEqual(pizauth.refresh_request(empty, "r"), {
-            "client_id": "cid", "refresh_token": "r", "grant_type": "refresh_token", "client_secret": "",
-        })  # fmt: skip
+            "client_id": "cid", "refresh_token": "r", "grant_type": "refresh_token",
+            "client_secret": "",
+        })
 
     def judge(self, body, status=200, whole=True, form=None, retry_after=0):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return pizauth.token_response(pizauth.outcome_bytes(status, retry_after, whole, data), form or {})
+        return pizauth.token_response(
+            pizauth.outcome_bytes(status, retry_after, whole, data), form or {})
 
     def test_good_answers_of_every_honest_kind(self):
         for body, expires_in, refresh_token in (
-            ({"access_token": "t", "token_type": "Bearer", "expires_in": 60, "refresh_token": "r"}, 60, "r"),
+            ({"access_token": "t", "token_type": "Bearer", "expires_in": 60, "refresh_token": "r"},
+             60, "r"),
             ({"access_token": "t", "token_type": "bearer", "expires_in": "60"}, 60, None),
             ({"access_token": "t", "expires_in": 60.5, "refresh_token": None}, 60.5, None),
             ({"access_token": "t", "token_type": None, "refresh_token": ""}, None, None),
@@ -803,20 +856,27 @@ class MessagesTest(unittest.TestCase):
         ):
             with self.subTest(body=body[:90] if isinstance(body, bytes) else body):
                 got = self.judge(body)
-                self.assertEqual((got.access_token, got.expires_in, got.refresh_token), ("t", expires_in, refresh_token))
+                self.assertEqual(
+                    (got.access_token, got.expires_in, got.refresh_token),
+                    ("t", expires_in, refresh_token))
 
     def test_answers_that_are_no_oauth_answer_are_transient_and_no_outage(self):
         for status, body in (
-            (200, b""), (200, b"<html>log in</html>"), (200, b"{"), (200, b"[1]"), (200, b"null"), (200, b"\xff\xfe"), (200, {}),
-            (200, {"access_token": ""}), (200, {"access_token": "a b"}), (200, {"access_token": "a\n"}),
-            (200, {"access_token": "é"}), (200, {"access_token": 7}), (200, {"access_token": "t", "token_type": "mac"}),
-            (200, {"access_token": "t", "refresh_token": "r r"}), (200, {"access_token": "t", "refresh_token": ["r"]}),
-            (400, {"access_token": "t"}), (400, {"error": 5}), (400, {"error": ""}), (400, {"error": "two words"}),
-            (400, b"error=invalid_grant"), (302, b""), (404, b"nothing"), (401, b""), (403, {"message": "no"}),
-            (400, {"error": "temporarily_unavailable"}), (400, {"error": "server_error"}), (400, {"error": "slow_down"}),
-            (200, b"[" * 100_000), (200, b'{"a":' * 100_000), (200, b" " * 1_000_000), (200, b"error=invalid_grant"),
-        ):  # fmt: skip
-            with self.subTest(status=status, body=str(body)[:60]), self.assertRaises(pizauth.TransientError) as caught:
+            (200, b""), (200, b"<html>log in</html>"), (200, b"{"), (200, b"[1]"), (200, b"null"),
+            (200, b"\xff\xfe"), (200, {}), (200, {"access_token": ""}),
+            (200, {"access_token": "a b"}), (200, {"access_token": "a\n"}),
+            (200, {"access_token": "é"}), (200, {"access_token": 7}),
+            (200, {"access_token": "t", "token_type": "mac"}),
+            (200, {"access_token": "t", "refresh_token": "r r"}),
+            (200, {"access_token": "t", "refresh_token": ["r"]}), (400, {"access_token": "t"}),
+            (400, {"error": 5}), (400, {"error": ""}), (400, {"error": "two words"}),
+            (400, b"error=invalid_grant"), (302, b""), (404, b"nothing"), (401, b""),
+            (403, {"message": "no"}), (400, {"error": "temporarily_unavailable"}),
+            (400, {"error": "server_error"}), (400, {"error": "slow_down"}), (200, b"[" * 100_000),
+            (200, b'{"a":' * 100_000), (200, b" " * 1_000_000), (200, b"error=invalid_grant"),
+        ):
+            with self.subTest(status=status, body=str(body)[:60]), \
+                    self.assertRaises(pizauth.TransientError) as caught:
                 self.judge(body, status)
             self.assertFalse(caught.exception.outage)
 
@@ -831,7 +891,8 @@ class MessagesTest(unittest.TestCase):
             self.assertEqual((caught.exception.outage, caught.exception.retry_after), (True, 7))
         with self.assertRaises(pizauth.TransientError) as caught:
             self.judge(b"no answer from h: timed out", 0)
-        self.assertEqual((str(caught.exception), caught.exception.outage), ("no answer from h: timed out", True))
+        self.assertEqual(
+            (str(caught.exception), caught.exception.outage), ("no answer from h: timed out", True))
         with self.assertRaises(pizauth.TransientError) as caught:
             self.judge({}, 503, retry_after=1e9)
         self.assertEqual(caught.exception.retry_after, 3600)
@@ -839,11 +900,17 @@ class MessagesTest(unittest.TestCase):
     def test_an_oauth_error_is_permanent_whatever_the_status_is_otherwise(self):
         for status in (200, 400, 401, 403, 302):
             with self.subTest(status=status), self.assertRaises(pizauth.PermanentError) as caught:
-                self.judge({"error": "invalid_grant", "error_description": "Token\x07 was\nrevoked."}, status)
-            self.assertEqual(str(caught.exception), f"HTTP {status}: invalid_grant: Token wasrevoked.")
+                self.judge(
+                    {"error": "invalid_grant", "error_description": "Token\x07 was\nrevoked."},
+                    status)
+            self.assertEqual(
+                str(caught.exception), f"HTTP {status}: invalid_grant: Token wasrevoked.")
 
     def test_a_message_never_holds_what_was_sent_and_is_not_long(self):
-        form = {"client_secret": "hu sh", "refresh_token": "rt/1", "code": "c0de", "code_verifier": "veri", "client_id": "cid"}
+        form = {
+            "client_secret": "hu sh", "refresh_token": "rt/1", "code": "c0de",
+            "code_verifier": "veri", "client_id": "cid",
+        }
         text = "hu sh hu+sh rt/1 rt%2F1 c0de veri cid " + "x" * 600
         for error, status in (("invalid_grant", 400), ("server_error", 400), ("x", 503)):
             with self.subTest(error=error), self.assertRaises(pizauth.TokenError) as caught:
@@ -859,7 +926,9 @@ class MessagesTest(unittest.TestCase):
             pizauth.authorization_response("state=s&state=t")
 
     def test_retry_after_is_seconds_or_a_date(self):
-        for value, expected in ((None, 0), ("120", 120), (" 5 ", 5), ("soon", 0), ("-5", 0), ("1e9", 0), ("9" * 400, 0)):
+        for value, expected in (
+            (None, 0), ("120", 120), (" 5 ", 5), ("soon", 0), ("-5", 0), ("1e9", 0), ("9" * 400, 0),
+        ):
             with self.subTest(value=value):
                 self.assertEqual(pizauth.retry_after(value), expected)
         date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 100))
@@ -869,8 +938,9 @@ class MessagesTest(unittest.TestCase):
     def test_no_proxy_is_asked_for_loopback(self):
         for uri, loopback in (
             ("http://localhost:1/", True), ("http://127.9.9.9/", True), ("https://[::1]/", True),
-            ("http://127.0.0.1.example/", False), ("http://localhost.example/", False), ("http://10.0.0.1/", False),
-        ):  # fmt: skip
+            ("http://127.0.0.1.example/", False), ("http://localhost.example/", False),
+            ("http://10.0.0.1/", False),
+        ):
             with self.subTest(uri=uri):
                 self.assertEqual(pizauth.is_loopback(uri), loopback)
 
@@ -896,19 +966,24 @@ class WireTest(unittest.TestCase):
 
     def test_what_is_no_get_is_refused_as_soon_as_it_is_clear(self):
         for data, status in (
-            (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400), (b"\r\n", 400), (b"\n", 400), (b" GET", 400), (b"G\0", 400),
-            (b"POST ", 405), (b"HEAD ", 405), (b"get ", 405), (b"PRI * HTTP/2.0\r\n", 405), (b"A" * 17, 400), (b"GET h", 400),
-            (b"GET  /", 400), (b"GET / HTTP/2\r\n", 400), (b"GET /\r\n", 400), (b"GET /a b HTTP/1.1\r\n", 400),
-            (b"GET /# HTTP/1.1\r\n", 400), (b"GET /\xc3\xa9 HTTP/1.1\r\n", 400), (b"GET /\r HTTP/1.1\r\n", 400),
-            (b"GET / HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
-            (b"GET / HTTP/1.1\r\nHost : a\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: a\r\n folded\r\n\r\n", 400),
-            (b"GET / HTTP/1.1\r\nHost: a\0\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n", 400),
+            (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400), (b"\r\n", 400), (b"\n", 400),
+            (b" GET", 400), (b"G\0", 400), (b"POST ", 405), (b"HEAD ", 405), (b"get ", 405),
+            (b"PRI * HTTP/2.0\r\n", 405), (b"A" * 17, 400), (b"GET h", 400), (b"GET  /", 400),
+            (b"GET / HTTP/2\r\n", 400), (b"GET /\r\n", 400), (b"GET /a b HTTP/1.1\r\n", 400),
+            (b"GET /# HTTP/1.1\r\n", 400), (b"GET /\xc3\xa9 HTTP/1.1\r\n", 400),
+            (b"GET /\r HTTP/1.1\r\n", 400), (b"GET / HTTP/1.1\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost : a\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: a\r\n folded\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: a\0\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n", 400),
             (b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n", 413),
             (b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", 413),
             (b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 0, 5\r\n\r\n", 413),
-            (b"GET /" + b"a" * 17_000, 431), (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 17_000, 431),
+            (b"GET /" + b"a" * 17_000, 431),
+            (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 17_000, 431),
             (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 17_000 + b"\r\n\r\n", 431),
-        ):  # fmt: skip
+        ):
             with self.subTest(data=data[:60]), self.assertRaises(pizauth.BadRequest) as caught:
                 self.head(data)
             self.assertEqual(caught.exception.status, status)
@@ -919,7 +994,8 @@ class WireTest(unittest.TestCase):
         self.assertIsNone(self.head(b"", eof=True))
 
     def test_a_request_with_an_empty_body_is_fine(self):
-        self.assertEqual(self.head(b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n").host, "a")
+        self.assertEqual(
+            self.head(b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n").host, "a")
 
     def test_mutations_give_a_head_or_a_bad_request(self):
         for at in range(len(self.GOOD)):
@@ -947,9 +1023,10 @@ class WireTest(unittest.TestCase):
             ("http://localhost:8080/?a=b", "http", "localhost:8080", "/?state=s", False),
             ("http://localhost:8080/?a=", "http", "localhost:8080", "/?a=&state=s", True),
             ("http://localhost:8080/", "http", "evil.example:8080", "/?state=s", False),
-        ):  # fmt: skip
+        ):
             with self.subTest(uri=uri, host=host, target=target):
-                self.assertEqual(pizauth.redirect_matches(uri, scheme, pizauth.Head(target, host)), matches)
+                self.assertEqual(
+                    pizauth.redirect_matches(uri, scheme, pizauth.Head(target, host)), matches)
 
     def test_a_page_is_escaped_and_complete(self):
         page = pizauth.page(405, '<script>alert("x")</script>\x1b')
@@ -958,13 +1035,16 @@ class WireTest(unittest.TestCase):
         self.assertNotIn(b"\x1b", body)
         self.assertIn(b"&lt;script&gt;", body)
         for line in (
-            b"HTTP/1.1 405 Method Not Allowed", b"Content-Type: text/html; charset=utf-8", b"Connection: close", b"Allow: GET",
-            b"Cache-Control: no-store", b"Referrer-Policy: no-referrer", f"Content-Length: {len(body)}".encode(),
-        ):  # fmt: skip
+            b"HTTP/1.1 405 Method Not Allowed", b"Content-Type: text/html; charset=utf-8",
+            b"Connection: close", b"Allow: GET", b"Cache-Control: no-store",
+            b"Referrer-Policy: no-referrer", f"Content-Length: {len(body)}".encode(),
+        ):
             self.assertIn(line, head.split(b"\r\n"))
         style = re.search(b"<style>(.*)</style>", body)[1]
         digest = base64.b64encode(hashlib.sha256(style).digest()).decode()
-        self.assertIn(f"Content-Security-Policy: default-src 'none'; style-src 'sha256-{digest}'", head.decode())
+        self.assertIn(
+            f"Content-Security-Policy: default-src 'none'; style-src 'sha256-{digest}'",
+            head.decode())
 
     def test_control_request_ends_with_the_file(self):
         self.assertIsNone(pizauth.until_eof(bytearray(b"status:"), False))
@@ -995,12 +1075,14 @@ class TokensTest(unittest.TestCase):
         self.assertEqual(len(base64.urlsafe_b64decode(verifier + "==")), 64)
         self.assertEqual(pizauth.code_challenge(verifier), query_of(url)["code_challenge"])
         self.assertEqual(post.form, {
-            "code": "c0de", "client_id": "cid", "code_verifier": verifier, "redirect_uri": "http://localhost:8080/",
-            "grant_type": "authorization_code", "client_secret": "hush",
-        })  # fmt: skip
+            "code": "c0de", "client_id": "cid", "code_verifier": verifier,
+            "redirect_uri": "http://localhost:8080/", "grant_type": "authorization_code",
+            "client_secret": "hush",
+        })
         self.assertEqual(pages, [])
         post.grant("at1")
-        self.assertEqual(text_of(pages[0]), (200, "Account x is authorised: you can safely close this page."))
+        self.assertEqual(
+            text_of(pages[0]), (200, "Account x is authorised: you can safely close this page."))
         self.assertEqual(world.show(), "access_token:at1")
 
     def test_states_and_verifiers_never_repeat(self):
@@ -1015,7 +1097,8 @@ class TokensTest(unittest.TestCase):
         self.assertNotEqual(first, second)
         old_state = query_of(first.partition(":")[2])["state"]
         (page,) = self.world.visit(f"/?state={old_state}&code=c")
-        self.assertEqual(text_of(page), (200, "No pending token matches request state: request a fresh token"))
+        self.assertEqual(
+            text_of(page), (200, "No pending token matches request state: request a fresh token"))
         self.assertEqual(self.world.posts, [])
 
     def test_a_fresh_request_during_an_exchange_voids_it(self):
@@ -1054,8 +1137,9 @@ class TokensTest(unittest.TestCase):
         world.wait(3510)
         post = world.posts.pop()
         self.assertEqual(post.form, {
-            "client_id": "cid", "refresh_token": "rt1", "grant_type": "refresh_token", "client_secret": "hush",
-        })  # fmt: skip
+            "client_id": "cid", "refresh_token": "rt1", "grant_type": "refresh_token",
+            "client_secret": "hush",
+        })
         self.assertEqual(world.show(), "access_token:at1")
         post.grant("at2", refresh_token="rt2")
         self.assertEqual(world.show(), "access_token:at2")
@@ -1085,7 +1169,9 @@ class TokensTest(unittest.TestCase):
             world.wait(39.9)
             self.assertEqual(world.posts, [])
             world.wait(0.2)
-        self.assertEqual(world.show(), "error:Access token has expired. Refreshing is in progress but has not yet succeeded")
+        self.assertEqual(
+            world.show(),
+            "error:Access token has expired. Refreshing is in progress but has not yet succeeded")
         world.posts.pop().grant("at2")
         self.assertEqual(world.show(), "access_token:at2")
         self.assertNotIn("error", world.status())
@@ -1140,7 +1226,8 @@ class TokensTest(unittest.TestCase):
         world = self.world
         world.authorise()
         world.refresh()
-        world.posts.pop().answer(400, error="invalid_grant", error_description="Token has been revoked")
+        world.posts.pop().answer(
+            400, error="invalid_grant", error_description="Token has been revoked")
         message = "Refreshing x failed: HTTP 400: invalid_grant: Token has been revoked"
         self.assertIn((pizauth.ERROR, message), world.logged)
         date = world.clock.date(world.clock.now())
@@ -1152,7 +1239,9 @@ class TokensTest(unittest.TestCase):
         world.authorise(expires_in=3600)
         world.clock.advance(3600)  # the machine was suspended
         self.assertEqual(world.show(), "error:Access token has expired. Refreshing initiated")
-        self.assertEqual(world.show(), "error:Access token has expired. Refreshing is in progress but has not yet succeeded")
+        self.assertEqual(
+            world.show(),
+            "error:Access token has expired. Refreshing is in progress but has not yet succeeded")
         world.posts.pop().grant("at2")
         self.assertEqual((world.show(), world.posts), ("access_token:at2", []))
 
@@ -1163,7 +1252,9 @@ class TokensTest(unittest.TestCase):
         for remedy in ("offline_access", "access_type", "prompt"):
             self.assertIn(remedy, warning)
         until_date = world.clock.date(world.clock.now() + 3600)
-        self.assertEqual(world.refresh(), f"error:'x' has no refresh token; its access token lasts until {until_date}")
+        self.assertEqual(
+            world.refresh(),
+            f"error:'x' has no refresh token; its access token lasts until {until_date}")
         world.wait(3599)
         self.assertEqual((world.show(), world.posts), ("access_token:at1", []))
         world.wait(1)
@@ -1202,7 +1293,7 @@ class TokensTest(unittest.TestCase):
             self.assertEqual((tries, len(world.posts), world.posts[0].urgent), (tries, 1, True))
         self.assertEqual([text_of(page)[1] for page in pages], [
             "pizauth processing authentication: you can safely close this page."
-        ])  # fmt: skip
+        ])
         world.posts.pop().answer(503, b"")
         world.wait(60)
         self.assertEqual(world.posts, [])
@@ -1219,7 +1310,10 @@ class TokensTest(unittest.TestCase):
         self.assertNotIn("error", self.world.status())
 
     def test_any_other_failure_of_a_code_exchange_ends_the_request(self):
-        for body, status in ((b"<html>", 200), (b'{"error": "invalid_grant"}', 400), (b'{"error": "slow_down"}', 400)):
+        for body, status in (
+            (b"<html>", 200), (b'{"error": "invalid_grant"}', 400),
+            (b'{"error": "slow_down"}', 400),
+        ):
             world = World()
             pages = world.approve()
             world.posts.pop().answer(status, body)
@@ -1258,7 +1352,7 @@ class TokensTest(unittest.TestCase):
 
 
 class RedirectTest(unittest.TestCase):
-    """The rows of the decision, in their order: each leaves the state as it is, but for those that say so."""
+    """Rows of the decision, in order: each leaves the state as it is unless it says otherwise."""
 
     def setUp(self):
         self.world = World(account("x", 'redirect_uri = "http://localhost/cb?a=b";') + account("y"))
@@ -1277,22 +1371,27 @@ class RedirectTest(unittest.TestCase):
         self.world.show()
         for state in ("", "x", "%00", "%FF", "é".encode().hex()):
             self.assertEqual(
-                self.visited(f"/?state={state}&code=c"), (200, "No pending token matches request state: request a fresh token")
-            )
+                self.visited(f"/?state={state}&code=c"),
+                (200, "No pending token matches request state: request a fresh token"))
 
     def test_a_url_that_is_not_the_redirect_uri_is_404_and_changes_nothing(self):
         state, before = self.world.state(), self.world.status()
         for target, how in (
-            (f"/?a=b&state={state}&code=c", {}), (f"/cb?state={state}&code=c", {}), (f"/cb?a=b&state={state}&error=e", {"host": "e"}),
-            (f"/cb?a=b&state={state}&code=c", {"scheme": "https"}), (f"/cb?a=b&state={state}&code=c", {"host": "localhost"}),
-        ):  # fmt: skip
+            (f"/?a=b&state={state}&code=c", {}), (f"/cb?state={state}&code=c", {}),
+            (f"/cb?a=b&state={state}&error=e", {"host": "e"}),
+            (f"/cb?a=b&state={state}&code=c", {"scheme": "https"}),
+            (f"/cb?a=b&state={state}&code=c", {"host": "localhost"}),
+        ):
             self.assertEqual(self.visited(target, **how)[0], 404)
         self.assertEqual((self.world.status(), self.world.posts), (before, []))
 
     def test_an_error_ends_the_request_and_is_told(self):
         state = self.world.state()
-        status, text = self.visited(f"/cb?a=b&state={state}&error=access_denied&error_description=You+said%0Ano%3Cb%3E")
-        self.assertEqual((status, text), (400, "Authentication for x failed: access_denied: You saidno&lt;b&gt;"))
+        status, text = self.visited(
+            f"/cb?a=b&state={state}&error=access_denied&error_description=You+said%0Ano%3Cb%3E")
+        self.assertEqual(
+            (status, text),
+            (400, "Authentication for x failed: access_denied: You saidno&lt;b&gt;"))
         self.assertIn("x: No access token; last error at", self.world.status())
         self.assertIn("access_denied: You saidno<b>", self.world.status())
 
@@ -1305,14 +1404,16 @@ class RedirectTest(unittest.TestCase):
     def test_what_arrives_while_the_exchange_runs_is_told_the_same_outcome_and_posts_nothing(self):
         state = self.world.state()
         target = f"/cb?a=b&state={state}"
-        pages = [self.world.visit(target + more) for more in ("&code=c", "&code=c", "&code=other", "&error=e", "")]
+        pages = [
+            self.world.visit(target + more)
+            for more in ("&code=c", "&code=c", "&code=other", "&error=e", "")]
         self.assertEqual(pages, [[]] * 5)
         (post,) = self.world.posts
         self.assertEqual(post.form["code"], "c")
         post.grant()
         self.assertEqual([text_of(page) for (page,) in pages], [
             (200, "Account x is authorised: you can safely close this page.")
-        ] * 5)  # fmt: skip
+        ] * 5)
 
     def test_a_browser_waits_ten_seconds_and_another_its_own_ten(self):
         state = self.world.state()
@@ -1322,7 +1423,9 @@ class RedirectTest(unittest.TestCase):
         self.world.wait(5.9)
         self.assertEqual((first, second), ([], []))
         self.world.wait(0.2)
-        self.assertEqual(text_of(first[0]), (200, "pizauth processing authentication: you can safely close this page."))
+        self.assertEqual(
+            text_of(first[0]),
+            (200, "pizauth processing authentication: you can safely close this page."))
         self.assertEqual(second, [])
         self.world.posts.pop().grant()
         self.assertIn("is authorised", text_of(second[0])[1])
@@ -1374,7 +1477,8 @@ class ControlTest(unittest.TestCase):
                 self.assertEqual(self.world.ask(f"{verb}:{word} x"), "pending:")
 
     def test_info(self):
-        self.assertEqual(json.loads(self.world.ask("info:")), {"http_port": "8080", "https_port": "none"})
+        self.assertEqual(
+            json.loads(self.world.ask("info:")), {"http_port": "8080", "https_port": "none"})
 
     def test_status_lines(self):
         world, date = self.world, self.world.clock.date
@@ -1386,19 +1490,22 @@ class ControlTest(unittest.TestCase):
         active = f"x: Active access token (obtained {date(start)}; expires {date(start + 3600)})"
         self.assertIn(active, world.status().split("\n"))
         world.clock.advance(4000)
-        self.assertIn("x: Access token expired (refresh not yet attempted)", world.status().split("\n"))
+        self.assertIn(
+            "x: Access token expired (refresh not yet attempted)", world.status().split("\n"))
         world.auth.run_due()
         tried = f"x: Access token expired (last refresh attempt {date(start + 4000)})"
         self.assertIn(tried, world.status().split("\n"))
         world.posts.pop().fail("connection refused")
-        error = f"Refreshing x failed, and will be tried again: connection refused"
-        self.assertIn(f"{tried}; last error at {date(start + 4000)}: {error}", world.status().split("\n"))
+        error = "Refreshing x failed, and will be tried again: connection refused"
+        self.assertIn(
+            f"{tried}; last error at {date(start + 4000)}: {error}", world.status().split("\n"))
 
     def test_dates_are_those_of_rfc_2822(self):
         from email.utils import parsedate_to_datetime
 
         date = self.world.clock.date(1000)
-        self.assertRegex(date, r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}$")
+        self.assertRegex(
+            date, r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}$")
         self.assertEqual(parsedate_to_datetime(date).timestamp(), 1_795_438_800)
 
     def test_shutdown_is_not_answered(self):
@@ -1450,7 +1557,7 @@ class LoopTest(unittest.TestCase):
         self.loop.selector.close()
 
     def connect(self, kind="control", frame=pizauth.until_eof, respond=None):
-        """The other end of a new exchange; requests are recorded, and answered by respond(request, answer)."""
+        """The other end of a new exchange; requests are recorded, then given to `respond`."""
 
         def record(request, answer):
             self.asked.append((request, answer))
@@ -1601,7 +1708,8 @@ class LoopTest(unittest.TestCase):
         self.peers.append(listening)
 
         def exchange(sock):
-            return pizauth.Exchange(self.loop, sock, "control", pizauth.until_eof, lambda _, answer: answer(b"hello"))
+            return pizauth.Exchange(
+                self.loop, sock, "control", pizauth.until_eof, lambda _, answer: answer(b"hello"))
 
         return pizauth.Listener(self.loop, listening, "control", exchange), listening.getsockname()
 
@@ -1642,7 +1750,10 @@ class LoopTest(unittest.TestCase):
     def test_a_child_tells_what_it_returned_and_how_it_ended(self):
         ended = []
         self.loop.clock = pizauth.Clock()
-        for work in (lambda: b"x" * 300_000, lambda: 1 / 0, lambda: os._exit(7), lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        for work in (
+            lambda: b"x" * 300_000, lambda: 1 / 0, lambda: os._exit(7),
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+        ):
             with contextlib.redirect_stderr(io.StringIO()):
                 self.loop.fork(work, 5, lambda status, output: ended.append((status, len(output))))
         self.run_until(lambda: len(ended) == 4)
@@ -1665,7 +1776,9 @@ class LoopTest(unittest.TestCase):
         def look():
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
             descriptors = [number for number in range(3, 64) if self.is_open(number)]
-            return json.dumps([len(descriptors), len(blocked), signal.getsignal(signal.SIGTERM) == signal.SIG_IGN]).encode()
+            return json.dumps([
+                len(descriptors), len(blocked),
+                signal.getsignal(signal.SIGTERM) == signal.SIG_IGN]).encode()
 
         self.connect()
         self.loop.fork(look, 5, lambda status, output: outputs.append(json.loads(output)))
@@ -1755,9 +1868,12 @@ class DirectoryTest(unittest.TestCase):
         directory = tempfile.TemporaryDirectory(prefix="piz")
         self.addCleanup(directory.cleanup)
         self.base = directory.name
-        kept = {name: os.environ.get(name) for name in ("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "TMPDIR", "HOME")}
+        kept = {
+            name: os.environ.get(name)
+            for name in ("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "TMPDIR", "HOME")}
         self.addCleanup(self.environ, kept)
-        self.environ({"XDG_RUNTIME_DIR": self.base, "TMPDIR": None, "XDG_CONFIG_HOME": None, "HOME": "/h"})
+        self.environ({
+            "XDG_RUNTIME_DIR": self.base, "TMPDIR": None, "XDG_CONFIG_HOME": None, "HOME": "/h"})
 
     def environ(self, variables):
         for name, value in variables.items():
@@ -1785,7 +1901,8 @@ class DirectoryTest(unittest.TestCase):
         user = pwd.getpwuid(os.getuid()).pw_name
         for unset in (None, ""):
             self.environ({"XDG_RUNTIME_DIR": unset, "TMPDIR": self.base})
-            self.assertEqual(pizauth.make_runtime_directory(), f"{self.base}/runtime-{user}/pizauth")
+            self.assertEqual(
+                pizauth.make_runtime_directory(), f"{self.base}/runtime-{user}/pizauth")
             self.assertEqual(os.stat(f"{self.base}/runtime-{user}").st_mode & 0o777, 0o700)
             self.environ({"TMPDIR": ""})
             self.assertEqual(pizauth.runtime_directory(), f"/tmp/runtime-{user}/pizauth")
@@ -1857,26 +1974,34 @@ class ManualTest(unittest.TestCase):
 class CommandLineTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.daemon = cls.enterClassContext(Daemon(account("x"))) if hasattr(cls, "enterClassContext") else None
+        cls.daemon = (
+            cls.enterClassContext(Daemon(account("x"))) if hasattr(cls, "enterClassContext")
+            else None)
         if cls.daemon is None:
             cls.daemon = Daemon(account("x")).__enter__()
             cls.addClassCleanup(cls.daemon.__exit__)
 
     def run_in(self, directory, *arguments, **more):
-        environment = {**self.daemon.environment, "XDG_RUNTIME_DIR": directory, "XDG_CONFIG_HOME": directory}
+        environment = {
+            **self.daemon.environment, "XDG_RUNTIME_DIR": directory, "XDG_CONFIG_HOME": directory}
         return subprocess.run(
-            [sys.executable, PROGRAM, *arguments], env={**environment, **more}, capture_output=True, text=True, timeout=30
-        )
+            [sys.executable, PROGRAM, *arguments], env={**environment, **more},
+            capture_output=True, text=True, timeout=30)
 
     def fails(self, done, message):
-        self.assertEqual((done.returncode, done.stdout, done.stderr), (1, "", f"ERROR - {message}\n"))
+        self.assertEqual(
+            (done.returncode, done.stdout, done.stderr), (1, "", f"ERROR - {message}\n"))
 
     def test_show_prints_an_error_with_the_url_and_nothing_on_stdout(self):
         url = self.daemon.url("x")
-        self.fails(self.daemon.run("show", "x"), f"Access token unavailable until authorised with URL {url}")
+        self.fails(
+            self.daemon.run("show", "x"),
+            f"Access token unavailable until authorised with URL {url}")
         for arguments in (("show", "-u", "x"), ("show", "x", "-u"), ("refresh", "x", "-u", "-v")):
-            self.fails(self.daemon.run(*arguments), "Access token unavailable until authorised with URL")
-        self.assertRegex(self.daemon.run("refresh", "x").stderr, "^ERROR - Access token .* URL http.*\n$")
+            self.fails(
+                self.daemon.run(*arguments), "Access token unavailable until authorised with URL")
+        self.assertRegex(
+            self.daemon.run("refresh", "x").stderr, "^ERROR - Access token .* URL http.*\n$")
 
     def test_an_unknown_account(self):
         self.fails(self.daemon.run("show", "nope"), "No account 'nope'")
@@ -1885,8 +2010,12 @@ class CommandLineTest(unittest.TestCase):
 
     def test_without_a_server_clients_say_so(self):
         with tempfile.TemporaryDirectory(prefix="piz") as directory:
-            for arguments in (("show", "x"), ("show", "-u", "x"), ("refresh", "x"), ("status",), ("shutdown",)):
-                self.fails(self.run_in(directory, *arguments), "pizauth authenticator not running or not responding")
+            for arguments in (
+                ("show", "x"), ("show", "-u", "x"), ("refresh", "x"), ("status",), ("shutdown",),
+            ):
+                self.fails(
+                    self.run_in(directory, *arguments),
+                    "pizauth authenticator not running or not responding")
 
     def test_a_second_server_says_so_and_the_first_is_not_disturbed(self):
         self.fails(self.daemon.run("server"), "pizauth authenticator already running")
@@ -1894,7 +2023,8 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(self.daemon.run("status").returncode, 0)
 
     def test_the_originals_server_which_has_no_lock_is_seen(self):
-        with tempfile.TemporaryDirectory(prefix="piz") as directory, socket.socket(socket.AF_UNIX) as other:
+        with tempfile.TemporaryDirectory(prefix="piz") as directory, \
+                socket.socket(socket.AF_UNIX) as other:
             os.mkdir(f"{directory}/pizauth", 0o700)
             other.bind(f"{directory}/pizauth/pizauth.sock")
             other.listen()
@@ -1904,34 +2034,46 @@ class CommandLineTest(unittest.TestCase):
         with tempfile.TemporaryDirectory(prefix="piz") as directory:
             path = f"{directory}/pizauth.conf"
             self.fails(self.run_in(directory, "server"), f"No config file found at {path}")
-            self.fails(self.run_in(directory, "server", "-c", "/nope"), "No config file found at /nope")
-            self.fails(self.run_in(directory, "server", "--config", "/"), "Cannot read the configuration /: Is a directory")
+            self.fails(
+                self.run_in(directory, "server", "-c", "/nope"), "No config file found at /nope")
+            self.fails(
+                self.run_in(directory, "server", "--config", "/"),
+                "Cannot read the configuration /: Is a directory")
             with open(path, "w", encoding="ascii") as file:
                 file.write("\nrefresh_rety = 5s;")
             self.fails(self.run_in(directory, "server", "-d"), (
-                f"{path}: line 2, column 1: Unknown option 'refresh_rety': did you mean 'refresh_retry'?\n"
-                "    refresh_rety = 5s;\n    ^"
-            ))  # fmt: skip
+                f"{path}: line 2, column 1: Unknown option 'refresh_rety': did you mean "
+                "'refresh_retry'?\n    refresh_rety = 5s;\n    ^"
+            ))
             self.assertEqual(os.listdir(f"{directory}/pizauth"), ["pizauth.lock"])
 
     def test_a_port_in_use_is_said_before_the_server_daemonises(self):
-        with tempfile.TemporaryDirectory(prefix="piz") as directory, socket.create_server(("127.0.0.1", 0)) as other:
+        with tempfile.TemporaryDirectory(prefix="piz") as directory, \
+                socket.create_server(("127.0.0.1", 0)) as other:
             address = f"127.0.0.1:{other.getsockname()[1]}"
             with open(f"{directory}/pizauth.conf", "w", encoding="ascii") as file:
                 file.write(account() + f'http_listen = "{address}";')
-            self.fails(self.run_in(directory, "server"), f'Cannot listen on http_listen "{address}": Address already in use')
+            self.fails(
+                self.run_in(directory, "server"),
+                f'Cannot listen on http_listen "{address}": Address already in use')
 
     def test_wrong_usage_prints_usage_on_stderr_and_exits_1(self):
-        for arguments in ((), ("nonsense",), ("show",), ("show", "-z", "x"), ("show", "a", "b"), ("server", "x"), ("sho", "x")):
+        for arguments in (
+            (), ("nonsense",), ("show",), ("show", "-z", "x"), ("show", "a", "b"), ("server", "x"),
+            ("sho", "x"),
+        ):
             done = self.daemon.run(*arguments)
             self.assertEqual((done.returncode, done.stdout), (1, ""))
             self.assertTrue(done.stderr.startswith("usage: pizauth"), done.stderr)
 
     def test_help_and_version_are_no_errors(self):
-        for arguments in (("-h",), ("--help",), ("show", "-h"), ("server", "--help"), ("--version",)):
+        for arguments in (
+            ("-h",), ("--help",), ("show", "-h"), ("server", "--help"), ("--version",),
+        ):
             done = self.daemon.run(*arguments)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
-            self.assertIn(pizauth.VERSION if "version" in arguments[0] else "usage: pizauth", done.stdout)
+            self.assertIn(
+                pizauth.VERSION if "version" in arguments[0] else "usage: pizauth", done.stdout)
 
     def test_info(self):
         lines = self.daemon.run("info").stdout.split("\n")
@@ -1939,18 +2081,20 @@ class CommandLineTest(unittest.TestCase):
         self.assertIn(f"  cache directory: {self.daemon.directory}/pizauth", lines)
         self.assertIn(f"  config file: {self.daemon.config}", lines)
         port = json.loads(self.daemon.ask(b"info:"))["http_port"]
-        self.assertEqual(lines[3:6], ["server running:", f"  HTTP port: {port}", "  HTTPS port: none"])
+        self.assertEqual(
+            lines[3:6], ["server running:", f"  HTTP port: {port}", "  HTTPS port: none"])
         about = json.loads(self.daemon.run("info", "-j", "-c", "/c").stdout)
         self.assertEqual(about, {
-            "cache_directory": f"{self.daemon.directory}/pizauth", "config_file": "/c", "executed_as": PROGRAM,
-            "info_format_version": 2, "pizauth_version": pizauth.VERSION, "server_running": True,
-            "server_info": {"http_port": port, "https_port": "none"},
-        })  # fmt: skip
+            "cache_directory": f"{self.daemon.directory}/pizauth", "config_file": "/c",
+            "executed_as": PROGRAM, "info_format_version": 2, "pizauth_version": pizauth.VERSION,
+            "server_running": True, "server_info": {"http_port": port, "https_port": "none"},
+        })
 
     def test_info_needs_neither_server_nor_configuration(self):
         with tempfile.TemporaryDirectory(prefix="piz") as directory:
             done = self.run_in(directory, "info")
-            self.assertEqual((done.returncode, done.stdout.split("\n")[3]), (0, "server not running"))
+            self.assertEqual(
+                (done.returncode, done.stdout.split("\n")[3]), (0, "server not running"))
             about = json.loads(self.run_in(directory, "info", "-j").stdout)
             self.assertEqual((about["server_running"], "server_info" in about), (False, False))
 
@@ -1958,21 +2102,28 @@ class CommandLineTest(unittest.TestCase):
         full = os.open("/dev/full", os.O_WRONLY)
         try:
             done = subprocess.run(
-                [sys.executable, PROGRAM, "status"], env=self.daemon.environment, stdout=full, stderr=subprocess.PIPE, text=True
-            )
+                [sys.executable, PROGRAM, "status"], env=self.daemon.environment, stdout=full,
+                stderr=subprocess.PIPE, text=True)
         finally:
             os.close(full)
-        self.assertEqual((done.returncode, done.stderr), (1, "ERROR - Cannot write to standard output: No space left on device\n"))
+        self.assertEqual(
+            (done.returncode, done.stderr),
+            (1, "ERROR - Cannot write to standard output: No space left on device\n"))
 
     def test_a_plain_show_imports_nothing_dear(self):
         done = subprocess.run(
-            [sys.executable, "-X", "importtime", PROGRAM, "show", "x"], env=self.daemon.environment, capture_output=True, text=True
-        )
-        bare = subprocess.run([sys.executable, "-X", "importtime", "-c", ""], capture_output=True, text=True)
-        loaded, anyway = (set(re.findall(r"\| +(\S+)$", text.stderr, re.MULTILINE)) for text in (done, bare))
+            [sys.executable, "-X", "importtime", PROGRAM, "show", "x"],
+            env=self.daemon.environment, capture_output=True, text=True)
+        bare = subprocess.run(
+            [sys.executable, "-X", "importtime", "-c", ""], capture_output=True, text=True)
+        loaded, anyway = (
+            set(re.findall(r"\| +(\S+)$", text.stderr, re.MULTILINE)) for text in (done, bare))
         loaded -= anyway
         self.assertIn("_socket", loaded)
-        self.assertEqual(loaded & {"socket", "re", "argparse", "json", "typing", "enum", "subprocess", "selectors"}, set())
+        self.assertEqual(
+            loaded & {
+                "socket", "re", "argparse", "json", "typing", "enum", "subprocess", "selectors"},
+            set())
 
 
 class EndToEndTest(unittest.TestCase):
@@ -1999,7 +2150,7 @@ class EndToEndTest(unittest.TestCase):
         first = done.stdout.strip()
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, f"{first}\n", ""))
         self.assertRegex(first, "^at-")
-        second = until(lambda: (daemon.show() != first) and daemon.show(), 4)  # replaced before it expires
+        second = until(lambda: (daemon.show() != first) and daemon.show(), 4)  # before it expires
         self.assertRegex(second, "^at-")
         self.provider.expires_in = 3600
         until(lambda: daemon.show() not in (first, second), 4)
@@ -2013,7 +2164,8 @@ class EndToEndTest(unittest.TestCase):
     def test_it_ends_cleanly_and_leaves_nothing_behind(self):
         for end in (signal.SIGTERM, signal.SIGINT, "shutdown"):
             daemon = self.start(self.provider.account())
-            self.assertTrue(until(lambda: os.stat(daemon.socket).st_mode & 0o7777 == 0o1600))
+            self.assertTrue(until(
+                lambda daemon=daemon: os.stat(daemon.socket).st_mode & 0o7777 == 0o1600))
             if end == "shutdown":
                 self.assertEqual(daemon.run("shutdown").returncode, 0)
                 self.assertFalse(os.path.exists(daemon.socket))
@@ -2035,12 +2187,11 @@ class EndToEndTest(unittest.TestCase):
     def test_it_daemonises_once_it_answers(self):
         daemon = Daemon(self.provider.account())
         self.addCleanup(daemon.__exit__)
+        self.addCleanup(daemon.run, "shutdown")
         done = daemon.run("server", "-vvvv")
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
-        try:
-            self.assertEqual(daemon.run("status").stdout, "work: No access token\n")
-        finally:
-            self.assertEqual(daemon.run("shutdown").returncode, 0)
+        self.assertEqual(daemon.run("status").stdout, "work: No access token\n")
+        self.assertEqual(daemon.run("shutdown").returncode, 0)
         self.assertFalse(os.path.exists(daemon.socket))
 
     def test_nobody_who_is_slow_delays_anybody(self):
@@ -2058,7 +2209,8 @@ class EndToEndTest(unittest.TestCase):
                 half.sendall(b"GET / HTTP/1.1\r\nHo")
             start = time.monotonic()
             for _ in range(50):
-                self.assertEqual(daemon.ask(b"showtoken:withurl work"), b"access_token:" + token.encode())
+                self.assertEqual(
+                    daemon.ask(b"showtoken:withurl work"), b"access_token:" + token.encode())
             self.assertLess(time.monotonic() - start, 1)
             self.assertEqual(visit(f"http://127.0.0.1:{port}/favicon.ico")[0], 404)
             start = time.monotonic()
@@ -2067,7 +2219,7 @@ class EndToEndTest(unittest.TestCase):
             self.assertEqual(daemon.process.wait(3), 0)
 
     def test_no_fault_of_a_provider_costs_a_login_or_gets_the_secret(self):
-        """All faults of FAULTS at once, so that those that are ended by the limit of 30 s take that long once."""
+        """All faults of FAULTS at once, so those ended by the 30 s limit take that long once."""
         accounts = {fault: self.provider.account(fault, fault=fault) for fault in FAULTS}
         daemon = self.start("".join(accounts.values()) + "refresh_retry = 1s;", "-vvvv")
         tokens = {}
@@ -2095,9 +2247,14 @@ class EndToEndTest(unittest.TestCase):
         self.provider.broken = False
         for fault in set(FAULTS) - set(SLOW_FAULTS):
             daemon.ask(f"refresh:withurl {fault}".encode())
-            until(lambda: daemon.ask(f"showtoken:withurl {fault}".encode()) != tokens[fault])
-            self.assertNotEqual(daemon.ask(f"showtoken:withurl {fault}".encode()), tokens[fault], fault)
-        for place in (daemon.logged(), status, daemon.run("info", "-j").stdout, daemon.run("info").stdout, process_list()):
+            until(lambda fault=fault: (
+                daemon.ask(f"showtoken:withurl {fault}".encode()) != tokens[fault]))
+            self.assertNotEqual(
+                daemon.ask(f"showtoken:withurl {fault}".encode()), tokens[fault], fault)
+        for place in (
+            daemon.logged(), status, daemon.run("info", "-j").stdout, daemon.run("info").stdout,
+            process_list(),
+        ):
             for secret in secrets_told:
                 self.assertNotIn(secret, place)
         self.assertIn("cannot use", status)
@@ -2107,7 +2264,9 @@ class EndToEndTest(unittest.TestCase):
         """What must never be told: tokens, codes, verifiers and the client secret."""
         told = {"hush-hush", *(token.decode().partition(":")[2] for token in tokens.values())}
         for form in self.provider.posts:
-            told |= {value for name, value in form.items() if name in ("code", "code_verifier", "refresh_token")}
+            told |= {
+                value for name, value in form.items()
+                if name in ("code", "code_verifier", "refresh_token")}
         return told | self.provider.refresh_tokens
 
     def test_an_outage_of_the_provider_is_survived(self):
@@ -2123,26 +2282,37 @@ class EndToEndTest(unittest.TestCase):
 
     def test_a_code_used_twice_a_wrong_verifier_and_a_wrong_redirect_uri_are_refused(self):
         """That the stand-in is strict, or the tests above would show little."""
-        query = {"response_type": "code", "code_challenge_method": "S256", "client_id": "the-client", "state": "s",
-                 "redirect_uri": "http://localhost:1/", "code_challenge": pizauth.code_challenge("v")}  # fmt: skip
-        form = {"client_id": "the-client", "client_secret": "hush-hush", "grant_type": "authorization_code"}
-        for verifier, redirect_uri, status in (("v", "http://localhost:1/", 200), ("w", "http://localhost:1/", 400), ("v", "x", 400)):
+        query = {
+            "response_type": "code", "code_challenge_method": "S256", "client_id": "the-client",
+            "state": "s", "redirect_uri": "http://localhost:1/",
+            "code_challenge": pizauth.code_challenge("v"),
+        }
+        form = {
+            "client_id": "the-client", "client_secret": "hush-hush",
+            "grant_type": "authorization_code",
+        }
+        for verifier, redirect_uri, status in (
+            ("v", "http://localhost:1/", 200), ("w", "http://localhost:1/", 400), ("v", "x", 400),
+        ):
             code = query_of(self.provider.authorize(query))["code"]
             sent = {**form, "code": code, "code_verifier": verifier, "redirect_uri": redirect_uri}
             self.assertEqual(self.provider.token(sent)[0], status)
             self.assertEqual(self.provider.token(sent)[0], 400)
         self.assertIsNone(self.provider.authorize({**query, "code_challenge_method": "plain"}))
 
-    @unittest.skipUnless(os.path.exists("/proc/self/status"), "there is no /proc to read the memory from")
+    @unittest.skipUnless(
+        os.path.exists("/proc/self/status"), "there is no /proc to read the memory from")
     def test_a_token_request_stays_small(self):
         self.provider.broken = True
         script = (
-            "import sys, pizauth; pizauth.server_imports(); pizauth.post_form(sys.argv[1], {'grant_type': 'refresh_token'});"
-            "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+            "import sys, pizauth; pizauth.server_imports(); "
+            "pizauth.post_form(sys.argv[1], {'grant_type': 'refresh_token'});"
+            "print(next(line for line in open('/proc/self/status') "
+            "if line.startswith('VmHWM')).split()[1])"
         )
         done = subprocess.run(
-            [sys.executable, "-c", script, f"{self.provider.url}/token?fault=huge"], cwd=HERE, capture_output=True, text=True, check=True
-        )
+            [sys.executable, "-c", script, f"{self.provider.url}/token?fault=huge"], cwd=HERE,
+            capture_output=True, text=True, check=True)
         self.assertLess(int(done.stdout), 60_000)
 
 
@@ -2150,9 +2320,164 @@ def process_list():
     """The command lines and environments of all processes that we may see."""
     text = ""
     for pid in filter(str.isdigit, os.listdir("/proc")) if os.path.isdir("/proc") else ():
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
+        with contextlib.suppress(OSError), \
+                open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
             text += file.read()
     return text
+
+
+# ---- An authorization server made by others ----
+
+AUTHLIB_CLIENT = {"client_id": "mail", "client_secret": "a+b/c %&="}
+
+
+def authlib_provider(expires_in):
+    """Start an authorization server on loopback, in memory, with one client and one user, who
+    approves at once. It demands PKCE and rotates refresh tokens. `url` is its base, `requests` the
+    grant types seen at /token, `issued` the tokens given, in their order; close() ends it."""
+    import flask
+    from authlib.integrations.flask_oauth2 import AuthorizationServer
+    from authlib.oauth2.rfc6749 import InvalidRequestError, grants
+    from authlib.oauth2.rfc7636 import CodeChallenge
+
+    codes, issued, requests = {}, [], []
+    client = types.SimpleNamespace(
+        check_client_secret=lambda secret: secret == AUTHLIB_CLIENT["client_secret"],
+        check_endpoint_auth_method=lambda method, endpoint: method == "client_secret_post",
+        check_grant_type=lambda name: True,
+        check_redirect_uri=lambda uri: urllib.parse.urlsplit(uri).hostname == "localhost",
+        check_response_type=lambda name: name == "code",
+        get_allowed_scope=lambda scope: scope,
+    )
+
+    def credential(**fields):
+        """What Authlib wants a code or a refresh token to be."""
+        return types.SimpleNamespace(
+            check_client=lambda other: other is client,
+            get_redirect_uri=lambda: fields["redirect_uri"],
+            get_scope=lambda: fields["scope"],
+            **fields,
+        )
+
+    class CodeGrant(grants.AuthorizationCodeGrant):
+        TOKEN_ENDPOINT_AUTH_METHODS = ["client_secret_post"]
+
+        def save_authorization_code(self, code, request):
+            names = ("redirect_uri", "scope", "code_challenge", "code_challenge_method")
+            sent = {name: flask.request.args[name] for name in names}
+            codes[code] = credential(code=code, **sent)
+
+        def query_authorization_code(self, code, client):
+            return codes.get(code)
+
+        def delete_authorization_code(self, authorization_code):
+            del codes[authorization_code.code]
+
+        def authenticate_user(self, authorization_code):
+            return "the user"
+
+    class RefreshGrant(grants.RefreshTokenGrant):
+        TOKEN_ENDPOINT_AUTH_METHODS = ["client_secret_post"]
+        INCLUDE_NEW_REFRESH_TOKEN = True
+
+        def authenticate_refresh_token(self, refresh_token):
+            valid = (token for token in issued if not token.revoked)
+            return next((token for token in valid if token.refresh_token == refresh_token), None)
+
+        def authenticate_user(self, refresh_token):
+            return "the user"
+
+        def revoke_old_credential(self, refresh_token):
+            refresh_token.revoked = True
+
+    class RequiredS256(CodeChallenge):
+        def validate_code_challenge(self, grant, redirect_uri):
+            if flask.request.args.get("code_challenge_method") != "S256":  # would be optional
+                raise InvalidRequestError("PKCE with S256 is required")
+            super().validate_code_challenge(grant, redirect_uri)
+
+    class Quiet(WSGIRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    app = flask.Flask("provider")
+    lives = {"authorization_code": expires_in, "refresh_token": expires_in}
+    app.config.update(OAUTH2_REFRESH_TOKEN_GENERATOR=True, OAUTH2_TOKEN_EXPIRES_IN=lives)
+    provider = AuthorizationServer(
+        app,
+        query_client={AUTHLIB_CLIENT["client_id"]: client}.get,
+        save_token=lambda token, request: issued.append(credential(revoked=False, **token)),
+    )
+    provider.register_grant(CodeGrant, [RequiredS256()])
+    provider.register_grant(RefreshGrant)
+
+    @app.route("/authorize")
+    def authorize():
+        grant = provider.get_consent_grant(end_user="the user")
+        return provider.create_authorization_response(grant_user="the user", grant=grant)
+
+    @app.route("/token", methods=["POST"])
+    def token():
+        requests.append(flask.request.form["grant_type"])
+        return provider.create_token_response()
+
+    def close():
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        del os.environ["AUTHLIB_INSECURE_TRANSPORT"]
+
+    os.environ["AUTHLIB_INSECURE_TRANSPORT"] = "1"  # or Authlib would refuse plain HTTP
+    server = make_server("127.0.0.1", 0, app, handler_class=Quiet)
+    thread = threading.Thread(target=server.serve_forever, args=[0.02], daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    return types.SimpleNamespace(url=url, requests=requests, issued=issued, close=close)
+
+
+@unittest.skipUnless(
+    importlib.util.find_spec("authlib") and importlib.util.find_spec("flask"),
+    "Authlib and Flask are not installed",
+)
+class AuthlibTest(unittest.TestCase):
+    """The whole of pizauth, as people run it, against a provider that its authors did not write."""
+
+    def setUp(self):
+        self.provider = authlib_provider(expires_in=3600)
+        self.addCleanup(self.provider.close)
+
+    def test_from_authorization_to_rotated_refresh_tokens(self):
+        text = f"""account "work" {{
+            auth_uri = "{self.provider.url}/authorize";
+            token_uri = "{self.provider.url}/token";
+            client_id = "{AUTHLIB_CLIENT["client_id"]}";
+            client_secret = "{AUTHLIB_CLIENT["client_secret"]}";
+            scopes = ["mail", "offline_access"];
+        }}"""
+        with Daemon(text) as daemon:
+            pending = daemon.run("show", "work")
+            self.assertEqual((pending.returncode, pending.stdout), (1, ""))
+            self.assertIn("is authorised", visit(pending.stderr.split()[-1])[1])
+            tokens = [daemon.show()]
+            for _ in range(3):
+                self.assertEqual(daemon.run("refresh", "work").returncode, 0)
+                until(lambda: daemon.show() not in ("", *tokens))
+                tokens.append(daemon.show())
+            self.assertEqual(daemon.run("shutdown").returncode, 0)
+            self.assertEqual(daemon.process.wait(3), 0)
+        issued = self.provider.issued
+        self.assertEqual(tokens, [token.access_token for token in issued])
+        self.assertEqual(len({token.refresh_token for token in issued}), 4)
+        self.assertEqual([token.revoked for token in issued], [True, True, True, False])
+        self.assertEqual(self.provider.requests, ["authorization_code"] + ["refresh_token"] * 3)
+
+    def test_that_provider_refuses_a_refresh_token_used_before(self):
+        self.test_from_authorization_to_rotated_refresh_tokens()
+        used = self.provider.issued[0].refresh_token
+        form = {**AUTHLIB_CLIENT, "grant_type": "refresh_token", "refresh_token": used}
+        outcome = pizauth.post_form(self.provider.url + "/token", form)
+        with self.assertRaisesRegex(pizauth.PermanentError, "^HTTP 400: invalid_grant"):
+            pizauth.token_response(outcome, form)
 
 
 # ---- Demonstration ----
@@ -2163,7 +2488,8 @@ class Demo:
 
     def __init__(self, provider):
         self.provider = provider
-        self.daemon = Daemon(provider.account("work", "refresh_before_expiry = 3s; refresh_retry = 1s;"))
+        self.daemon = Daemon(
+            provider.account("work", "refresh_before_expiry = 3s; refresh_retry = 1s;"))
         os.mkdir(os.path.join(self.daemon.directory, "bin"))
         os.symlink(PROGRAM, os.path.join(self.daemon.directory, "bin", "pizauth"))
 
@@ -2175,7 +2501,9 @@ class Demo:
         print(f"$ pizauth {' '.join(arguments)}", flush=True)
         done = self.daemon.run(*arguments)
         print(done.stdout + done.stderr, end="")
-        print(f"(exit status {done.returncode})" if done.returncode else "", end="\n" if done.returncode else "", flush=True)
+        print(
+            f"(exit status {done.returncode})" if done.returncode else "",
+            end="\n" if done.returncode else "", flush=True)
         return done.stdout.strip()
 
     def run(self):
@@ -2184,12 +2512,16 @@ class Demo:
         self.say("A configuration for a provider that this demonstration has started on loopback:")
         with open(self.daemon.config, encoding="utf-8") as file:
             print("$ cat ~/.config/pizauth.conf\n" + file.read(), end="")
-        self.say("The server starts (at login, in real life; without -d it goes into the background):")
+        self.say(
+            "The server starts (at login, in real life; without -d it goes into the background):")
         print("$ pizauth server -d &")
         self.daemon.start()
-        self.say("There is no token yet: the error on stderr has the URL to visit, stdout stays empty.")
+        self.say(
+            "There is no token yet: the error on stderr has the URL to visit, stdout stays empty.")
         self.type("show", "work")
-        self.say("A browser visits the URL, the person approves, and the provider sends it back to pizauth:")
+        self.say(
+            "A browser visits the URL, the person approves, and the provider sends it back to "
+            "pizauth:")
         status, page = self.daemon.visit()
         print(f"HTTP {status}: {re.search('<p>(.*)</p>', page)[1]}")
         self.say("Now mail programs get the access token, and nothing else:")
@@ -2198,7 +2530,9 @@ class Demo:
         self.say("The token lives 6 s. After 3 s, before it expires, pizauth replaces it:")
         until(lambda: self.daemon.show() != first, 8)
         second = self.type("show", "work")
-        self.say("The provider goes down. Asked to refresh, pizauth fails, says so, and keeps both token and login:")
+        self.say(
+            "The provider goes down. Asked to refresh, pizauth fails, says so, and keeps both "
+            "token and login:")
         self.provider.expires_in = 3600
         until(lambda: self.daemon.show() != second, 8)
         held = self.daemon.show()
@@ -2208,7 +2542,8 @@ class Demo:
         until(lambda: "last error" in self.daemon.run("status").stdout, 5)
         self.type("status")
         self.type("show", "work")
-        self.say("The provider is back, and pizauth, which has been trying again, refreshes by itself:")
+        self.say(
+            "The provider is back, and pizauth, which has been trying again, refreshes by itself:")
         self.provider.open(port)
         until(lambda: self.daemon.show() != held, 8)
         last = self.type("show", "work")
@@ -2217,8 +2552,11 @@ class Demo:
     def stay(self):
         """Leave everything running for a person to type along."""
         environment = self.daemon.environment
-        self.say("All stays running. In another terminal, with these, type along (Ctrl-C here ends it):")
-        print(f"export XDG_RUNTIME_DIR={environment['XDG_RUNTIME_DIR']} XDG_CONFIG_HOME={environment['XDG_CONFIG_HOME']}")
+        self.say(
+            "All stays running. In another terminal, with these, type along (Ctrl-C here ends it):")
+        print(
+            f"export XDG_RUNTIME_DIR={environment['XDG_RUNTIME_DIR']} "
+            f"XDG_CONFIG_HOME={environment['XDG_CONFIG_HOME']}")
         print(f'PATH={self.daemon.directory}/bin:"$PATH"\npizauth status', flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             while self.daemon.process.poll() is None:
@@ -2242,13 +2580,17 @@ def demonstrate(stay):
             demo.stay()
     finally:
         demo.end()
-    print("\n# That was the whole main job." if fine else "\n# Something went wrong: the lines above tell what.")
+    print(
+        "\n# That was the whole main job." if fine
+        else "\n# Something went wrong: the lines above tell what.")
     return 0 if fine else 1
 
 
 def load_tests(loader, tests, pattern):
     """The test classes in the order in which they stand here."""
-    classes = [value for value in globals().values() if isinstance(value, type) and issubclass(value, unittest.TestCase)]
+    classes = [
+        value for value in globals().values()
+        if isinstance(value, type) and issubclass(value, unittest.TestCase)]
     return unittest.TestSuite(map(loader.loadTestsFromTestCase, classes))
 
 
