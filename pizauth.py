@@ -81,14 +81,14 @@ VERSION = "0.1.0"
 # Lengths of time, in seconds.
 TOKEN_REQUEST_LIMIT = 30  # How long may one token request take in all, look-ups included?
 CONNECT_TIMEOUT = 10  # And how long to connect? Leaves time for IPv4 if IPv6 is a black hole.
-EXCHANGE_RETRY = 6  # How long after a failed code exchange is it tried again?
+CODE_RETRY_INTERVAL = 6  # How long after a failed code exchange is it tried again?
 BROWSER_PATIENCE = 10  # How long does a browser wait for the outcome until told to close the page?
 REFRESH_GAP = 1  # How far apart do refreshes of one account start, whoever asks?
 REMINDER_GAP = 1  # How far apart are reminders, when auth_notify_interval is 0s?
 LEAST_AGE = 10  # How old does a token get before it is refreshed, unless half its life is less?
 RETRY_AFTER_LIMIT = 3600  # How long may a server's Retry-After hold a refresh back?
 LIFE_LIMIT = 10 * 365 * 86400  # What expires_in is beyond belief?
-EXCHANGE_TIMEOUT = 10  # How long may a client take to send a request, and then to read the reply?
+CONNECTION_TIMEOUT = 10  # How long may a client take to send a request, and then to read the reply?
 LONGEST_SLEEP = 37  # How late may we notice that the machine slept? (poll does not count that time)
 ERROR_LIMIT = 60  # How long may error_notify_cmd run?
 EVENT_LIMIT = 10  # And token_event_cmd, which holds up the next event?
@@ -110,10 +110,10 @@ TLS_CHUNK = 4 << 10  # read at a time where each piece may cost the work of a ha
 TLS_LIMIT = 64 << 10  # of all that a TLS client sends before its request is whole
 
 # Counts.
-EXCHANGE_TRIES = 10  # How often is a code exchange tried in all?
+CODE_TRIES = 10  # How often is a code exchange tried in all?
 CONNECTIONS = {"control": 256, "browser": 128}  # How many connections of each kind may be open?
-TOKEN_REQUESTS = (12, 16)  # How many at once: refreshes, and all? The rest is for people who wait.
-HOST_REQUESTS = (3, 4)  # And to one host?
+TOKEN_REQUESTS = {"refresh": 12, "code": 16}  # At how many does one more wait? Codes are urgent.
+HOST_REQUESTS = {"refresh": 3, "code": 4}  # And to one host?
 VERDICT_FAILURES = 6  # After how many failures in a row is transient_error_if_cmd asked again?
 COMMANDS_A_PASS = 16  # How many shell commands are started before others have their turn?
 ACCEPTS = 32  # How many connections are accepted before others have their turn?
@@ -127,6 +127,11 @@ ERROR, WARNING, INFO, DEBUG, TRACE = range(5)  # levels of the log; -v adds one
 # ---- Errors and records ----
 # An error holds a sentence for a person: which account or line, and what happened. Its class says
 # who reads it.
+
+
+def printable(text: str) -> str:
+    """The text without control characters: what comes from outside must not drive a terminal."""
+    return "".join(c for c in text if c.isprintable())
 
 
 class PizauthError(Exception):
@@ -150,7 +155,10 @@ class BadRequest(PizauthError):
 
 
 class TokenError(PizauthError):
-    """The token endpoint gave no token."""
+    """The token endpoint gave no token: 500 characters at most, without what drives a terminal."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text)[:500])
 
 
 class TransientError(TokenError):
@@ -176,11 +184,6 @@ class Record:
         if missing or len(values) > len(names) or not fields.keys() <= set(names):
             raise TypeError(f"{type(self).__name__}: fields are {names}, missing {missing}")
         self.__dict__.update(fields)
-
-
-def printable(text: str) -> str:
-    """The text without control characters: what comes from outside must not drive a terminal."""
-    return "".join(c for c in text if c.isprintable())
 
 
 # ---- Configuration ----
@@ -236,8 +239,8 @@ class Config(Record):
     transient_error_if_cmd: str | None = None
 
 
-class Token(Record):
-    """A lexical token: its kind (word, time, string, end, or the mark itself), text, offset."""
+class Lexeme(Record):
+    """A lexical token: its kind (start, word, time, string, end, or the mark itself)."""
 
     kind: str
     text: str
@@ -287,12 +290,7 @@ def parse(text: str) -> Config:
 
 def config_error(text: str, at: int, message: str) -> ConfigError:
     """The error at an offset: place, message, that line (secrets starred), and a mark below it."""
-    hidden = re.sub(
-        r'(client_secret\s*=?\s*)((?:"[^"\\]*(?:\\.[^"\\]*)*"?)?[^;\n]*)',
-        lambda match: match[1] + re.sub(r'[^"\n]', "*", match[2]),
-        text,
-        flags=re.DOTALL,
-    )
+    hidden = without_values(text)
     start = text.rfind("\n", 0, at) + 1
     line, column = text.count("\n", 0, at) + 1, at - start + 1
     window = max(start, at - 60)
@@ -303,7 +301,21 @@ def config_error(text: str, at: int, message: str) -> ConfigError:
     return ConfigError(f"line {line}, column {column}: {message}\n    {shown}\n    {margin}^")
 
 
-def tokens(text: str) -> Iterator[Token]:
+def without_values(text: str) -> str:
+    """The text with stars for the value of every option that is, or may be meant as, a secret."""
+    gap, value = r"(?:\s|//[^\n]*\n)*", r'(?:"[^"\\]*(?:\\.[^"\\]*)*"?)?[^;\n]*'
+    known = {*Parser.GLOBAL_OPTIONS, *Parser.ACCOUNT_OPTIONS, *RENAMED} - {"client_secret"}
+
+    def starred(match: re.Match[str]) -> str:
+        stars = re.sub(r'[^"\n]', "*", match[3])
+        harmless = match[1] in known or re.fullmatch(r"[0-9]+[smhd]|none|off", match[3].strip())
+        return match[0] if harmless else match[1] + match[2] + stars
+
+    text = re.sub(rf"\b(\w+)({gap}={gap})({value})", starred, text, flags=re.DOTALL)
+    return re.sub(rf"\b(client_secret)({gap})(?![\s=])({value})", starred, text, flags=re.DOTALL)
+
+
+def lexemes(text: str) -> Iterator[Lexeme]:
     """The lexical tokens, lazily, and last an `end`. Raises ConfigError at what is none."""
     lexicon = re.compile(
         r"""(?P<blank>  [ \t\r\n]+ | //[^\n]* )
@@ -319,9 +331,9 @@ def tokens(text: str) -> Iterator[Token]:
         if match is None:
             raise lexical_error(text, at)
         if match.lastgroup != "blank":
-            yield Token(match.lastgroup or match[0], match[0], at)
+            yield Lexeme(match.lastgroup or match[0], match[0], at)
         at = match.end()
-    yield Token("end", "", at)
+    yield Lexeme("end", "", at)
 
 
 def lexical_error(text: str, at: int) -> ConfigError:
@@ -389,40 +401,41 @@ class Parser:
     option  := NAME "=" value ";"
     value   := STRING | TIME | "none" | "off" | list | map
     list    := "[" [ STRING { "," STRING } ] "]"
-    map     := "{" [ STRING ":" STRING { "," STRING ":" STRING } ] "}"
+    map     := "{" [ pair { "," pair } ] "}"
+    pair    := STRING ":" STRING
     """
 
     def __init__(self, text: str) -> None:
         self.source = text
-        self.tokens = tokens(text)
-        self.last = Token("start", "", 0)
-        self.token = next(self.tokens)
+        self.lexemes = lexemes(text)
+        self.last = Lexeme("start", "", 0)
+        self.lexeme = next(self.lexemes)
 
-    def error(self, token: Token, message: str) -> ConfigError:
-        return config_error(self.source, token.at, message)
+    def error(self, lexeme: Lexeme, message: str) -> ConfigError:
+        return config_error(self.source, lexeme.at, message)
 
-    def take(self, kind: str, wanted: str = "") -> Token:
-        """The token at hand, which must be of this kind; the next one is at hand then."""
-        token, last = self.token, self.last
-        if token.kind == kind:
-            self.token, self.last = next(self.tokens, token), token
-            return token
+    def take(self, kind: str, wanted: str = "") -> Lexeme:
+        """The lexeme at hand, which must be of this kind; the next one is at hand then."""
+        lexeme, last = self.lexeme, self.last
+        if lexeme.kind == kind:
+            self.lexeme, self.last = next(self.lexemes, lexeme), lexeme
+            return lexeme
         message = f"Expected {wanted or repr(kind)} after {last}"  # what is there may be a secret
         if "\n" in last.text:
-            token, message = last, f"{OVER_LINES}: is its last double quote missing?"
-        elif token.kind == "end":
+            lexeme, message = last, f"{OVER_LINES}: is its last double quote missing?"
+        elif lexeme.kind == "end":
             message += ", but the file ends"
         elif kind == ";":  # most likely forgotten there, and not where the next option starts
-            token = Token(";", "", last.at + len(last.text))
-        raise self.error(token, message)
+            lexeme = Lexeme(";", "", last.at + len(last.text))
+        raise self.error(lexeme, message)
 
     def config(self) -> Config:
         """config := { account | option }"""
         accounts: dict[str, dict[str, Any]] = {}
-        places: dict[str, Token] = {}
+        places: dict[str, Lexeme] = {}
         values: dict[str, Any] = {}
-        while self.token.kind != "end":
-            if self.token.text == "account":
+        while self.lexeme.kind != "end":
+            if self.lexeme.text == "account":
                 place, account = self.account()
                 if account["name"] in accounts:
                     raise self.error(place, f"There is an account '{account['name']}' already:"
@@ -438,7 +451,7 @@ class Parser:
         self.check_listeners(config, places)
         return config
 
-    def check_listeners(self, config: Config, places: dict[str, Token]) -> None:
+    def check_listeners(self, config: Config, places: dict[str, Lexeme]) -> None:
         """Raise ConfigError if there is no account, or no listener for some account's redirect."""
         if not config.accounts:
             raise ConfigError('Must specify at least one account: account "NAME" { ... }')
@@ -453,13 +466,13 @@ class Parser:
                 raise self.error(places[name],
                                  f"{message}: change its redirect_uri or {scheme}_listen")
 
-    def account(self) -> tuple[Token, dict[str, Any]]:
+    def account(self) -> tuple[Lexeme, dict[str, Any]]:
         """account := "account" STRING "{" { option } "}" """
         self.take("word")
         place = self.take("string", "the account's name, a string in double quotes")
         self.take("{")
         values: dict[str, Any] = {}
-        while self.token.kind != "}":
+        while self.lexeme.kind != "}":
             self.option(self.ACCOUNT_OPTIONS, values)
         self.take("}")
         for option in MANDATORY:
@@ -492,7 +505,7 @@ class Parser:
             return f"Option '{name}' belongs in an account: account \"NAME\" {{ {name} = ...; }}"
         if name in self.GLOBAL_OPTIONS:
             return f"Option '{name}' is for all accounts: move it out of this account's braces"
-        block = self.token.kind in ("string", "{")
+        block = self.lexeme.kind in ("string", "{")
         known = ["account"] if block else [
             *readers, *(() if readers is self.ACCOUNT_OPTIONS else ["account"])]
         near = difflib.get_close_matches(name[:64].lower(), known, 1, 0.6)
@@ -504,69 +517,65 @@ class Parser:
 
     def time(self) -> int:
         """A TIME in seconds, which must fit into 64 bits."""
-        token = self.token
-        if token.kind == "word" and token.text[0].isdigit():
-            raise self.error(token, f"Invalid time {token}: write {A_TIME}")
+        lexeme = self.lexeme
+        if lexeme.kind == "word" and lexeme.text[0].isdigit():
+            raise self.error(lexeme, f"Invalid time {lexeme}: write {A_TIME}")
         self.take("time", A_TIME)
-        digits = token.text[:-1].lstrip("0")
-        seconds = int(digits[:21] or "0") * {"s": 1, "m": 60, "h": 3600, "d": 86400}[token.text[-1]]
+        digits = lexeme.text[:-1].lstrip("0")
+        unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}[lexeme.text[-1]]
+        seconds = int(digits[:21] or "0") * unit
         if seconds >= 1 << 64:
-            raise self.error(token, f"Invalid time {token}: that is more than 64 bits of seconds")
+            raise self.error(lexeme, f"Invalid time {lexeme}: that is more than 64 bits of seconds")
         return seconds
 
     def uri(self) -> str:
-        token = self.take("string", A_STRING)
-        if "\n" in token.text:
-            raise self.error(token, f"{OVER_LINES}, which is no URI: is a double quote missing?")
+        lexeme = self.take("string", A_STRING)
+        if "\n" in lexeme.text:
+            raise self.error(lexeme, f"{OVER_LINES}, which is no URI: is a double quote missing?")
         try:
-            normal_uri(unquoted(token))
+            normal_uri(unquoted(lexeme))
         except ValueError as error:
-            raise self.error(token, str(error)) from None
-        return unquoted(token)
+            raise self.error(lexeme, str(error)) from None
+        return unquoted(lexeme)
 
     def listen(self) -> tuple[tuple[str, int], ...]:
         """Where a listener listens: `none`, `off`, or a STRING `HOST:PORT`."""
-        token = self.token
-        if token.text in ("none", "off"):
+        lexeme = self.lexeme
+        if lexeme.text in ("none", "off"):
             self.take("word")
             return ()
         address = unquoted(self.take("string", "\"HOST:PORT\" or none"))
         match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s\[\]:/\"]+)):([0-9]{1,5})", address)
         if match is None or int(match[3]) > 65535:
-            raise self.error(token, 'Not a listen address: write "HOST:PORT",'
+            raise self.error(lexeme, 'Not a listen address: write "HOST:PORT",'
                                     ' for instance "127.0.0.1:0" or "[::1]:8080"')
         return ((match[1] or match[2], int(match[3])),)
 
     def strings(self) -> tuple[str, ...]:
         """list := "[" [ STRING { "," STRING } ] "]" """
-        self.take("[", 'a list of strings, ["a", "b"]')
-        items = []
-        if self.token.kind != "]":
-            items.append(self.string())
-            while self.token.kind != "]":
-                self.take(",", "',' or ']'")
-                items.append(self.string())
-        self.take("]")
-        return tuple(items)
+        return tuple(self.items("[]", self.string, 'a list of strings, ["a", "b"],'))
 
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """map := "{" [ STRING ":" STRING { "," STRING ":" STRING } ] "}", no key being reserved."""
-        self.take("{", 'a map of strings, {"key": "value"}')
-        items = []
-        if self.token.kind != "}":
-            items.append(self.pair())
-            while self.token.kind != "}":
-                self.take(",", "',' or '}'")
-                items.append(self.pair())
-        self.take("}")
-        return tuple(items)
+        """map := "{" [ pair { "," pair } ] "}" """
+        return tuple(self.items("{}", self.pair, 'a map of strings, {"key": "value"},'))
+
+    def items(self, brackets: str, item: Callable[[], Any], wanted: str) -> Iterator[Any]:
+        """What stands between brackets, separated by commas."""
+        self.take(brackets[0], wanted)
+        first = True
+        while self.lexeme.kind != brackets[1]:
+            if not first:
+                self.take(",", f"',' or '{brackets[1]}'")
+            yield item()
+            first = False
+        self.take(brackets[1])
 
     def pair(self) -> tuple[str, str]:
-        """STRING ":" STRING"""
-        token = self.take("string", A_STRING)
-        key = unquoted(token)
+        """pair := STRING ":" STRING, and its key is none that we send ourselves"""
+        lexeme = self.take("string", A_STRING)
+        key = unquoted(lexeme)
         if key in RESERVED_FIELDS:
-            raise self.error(token, f"'{key}' is a reserved key: pizauth sends that field itself")
+            raise self.error(lexeme, f"'{key}' is a reserved key: pizauth sends that field itself")
         self.take(":")
         return key, self.string()
 
@@ -598,9 +607,9 @@ class Parser:
     }
 
 
-def unquoted(token: Token) -> str:
-    """What a STRING token stands for."""
-    return re.sub(r'\\(["\\])', r"\1", token.text[1:-1])
+def unquoted(lexeme: Lexeme) -> str:
+    """What a STRING lexeme stands for."""
+    return re.sub(r'\\(["\\])', r"\1", lexeme.text[1:-1])
 
 
 # ---- OAuth 2.0 messages ----
@@ -690,10 +699,12 @@ def with_client_secret(form: dict[str, str], account: Account) -> dict[str, str]
 
 
 def without_secrets(text: str, form: dict[str, str]) -> str:
-    """A provider's message without the secrets of the form, which it may echo."""
-    for field in ("code", "code_verifier", "refresh_token", "client_secret"):
-        for secret in {form.get(field, ""), urllib.parse.quote_plus(form.get(field, ""))}:
-            text = text.replace(secret, "...") if secret else text
+    """A provider's message without control characters and the form's secrets, which it may echo."""
+    text = printable(text)
+    sent = [form.get(field, "") for field in ("code", "code_verifier", "refresh_token",
+                                              "client_secret")]
+    for secret in sorted({*sent, *map(urllib.parse.quote_plus, sent)}, key=len, reverse=True):
+        text = text.replace(secret, "...") if secret else text
     return text
 
 
@@ -708,23 +719,25 @@ def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes) -> 
 def token_response(outcome: bytes, form: dict[str, str]) -> TokenResponse:
     """Judge a token request's outcome. Raises TransientError or PermanentError, fit to be shown."""
     head, _, body = outcome.partition(b"\n")
-    status, retry_after, whole = (float(word) for word in head.split())
+    status, delay, whole = (float(word) for word in head.split())
+    delay = min(delay, RETRY_AFTER_LIMIT)
     if not status:
-        raise TransientError(
-            without_secrets(printable(body.decode("utf-8", "replace")), form), outage=True)
+        raise TransientError(without_secrets(body.decode("utf-8", "replace"), form), outage=True)
+    answer = json_object(body)
+    error = answer.get("error")
+    words = [word for word in (error, answer.get("error_description")) if isinstance(word, str)]
+    message = f"HTTP {status:.0f}" + "".join(f": {without_secrets(w, form)}" for w in words if w)
     if status in (408, 425, 429) or status >= 500:
-        raise TransientError(f"HTTP {status:.0f}{oauth_error(body, form)}", True,
-                             min(retry_after, RETRY_AFTER_LIMIT))
-    good = good_answer(answer_fields(body, bool(whole))) if 200 <= status < 300 else None
-    if good is not None:
-        return good
-    error = json_object(body).get("error")
-    guess = "is token_uri right?" if status >= 400 else "is it a login page of the network?"
-    words = oauth_error(body, form) or f", but no OAuth answer: {guess}"
-    message = f"HTTP {status:.0f}{words}"
+        raise TransientError(message, True, delay)
+    if 200 <= status < 300:
+        good = good_answer(answer or form_fields(body, bool(whole)))
+        if good is not None:
+            return good
     if isinstance(error, str) and re.fullmatch(r"[!-~]+", error) and error not in PASSING_ERRORS:
         raise PermanentError(message)
-    raise TransientError(message)
+    guess = "is token_uri right?" if status >= 400 else "is it a login page of the network?"
+    raise TransientError(message if words else f"{message}, but no OAuth answer: {guess}",
+                         retry_after=delay)
 
 
 def json_object(body: bytes) -> dict[str, Any]:
@@ -736,13 +749,10 @@ def json_object(body: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def answer_fields(body: bytes, whole: bool) -> dict[str, Any]:
-    """The fields of an answer: JSON, or a form, as some providers send, if it is surely whole."""
-    fields = json_object(body)
-    if not fields and whole:
-        text = body.decode("ascii", "replace").strip()
-        fields = dict(urllib.parse.parse_qsl(text)) if re.fullmatch(r"[!-~]+", text) else {}
-    return fields
+def form_fields(body: bytes, whole: bool) -> dict[str, Any]:
+    """The fields of a form, as some providers answer, if the body is surely whole; or {}."""
+    text = body.decode("ascii", "replace").strip() if whole else ""
+    return dict(urllib.parse.parse_qsl(text)) if re.fullmatch(r"[!-~]+", text) else {}
 
 
 def good_answer(answer: dict[str, Any]) -> TokenResponse | None:
@@ -756,8 +766,8 @@ def good_answer(answer: dict[str, Any]) -> TokenResponse | None:
         return None
     if not (token_type is None or isinstance(token_type, str) and token_type.lower() == "bearer"):
         return None
-    return TokenResponse(
-        access_token, sensible_life(answer.get("expires_in")), refresh_token or None)
+    expires_in = sensible_life(answer.get("expires_in"))
+    return TokenResponse(access_token, expires_in, refresh_token or None)
 
 
 def sensible_life(expires_in: object) -> float | None:
@@ -769,18 +779,6 @@ def sensible_life(expires_in: object) -> float | None:
     except ValueError:
         return None
     return seconds if 0 < seconds <= LIFE_LIMIT else None
-
-
-def oauth_error(body: bytes, form: dict[str, str]) -> str:
-    """`: error: error_description` of an answer (RFC 6749 5.2), or nothing."""
-    answer = json_object(body)
-    words = [answer.get(field) for field in ("error", "error_description")]
-    return shown_error([without_secrets(word, form) for word in words if isinstance(word, str)])
-
-
-def shown_error(words: list[str]) -> str:
-    """An error and its description for a person: colons before them, 500 characters at most."""
-    return "".join(f": {printable(word)}" for word in words if word)[:500]
 
 
 # ---- Wire formats ----
@@ -844,7 +842,7 @@ def check_request_line(line: bytes, whole: bool) -> None:
 def host_header(headers: bytes) -> str:
     """The one Host among the header lines. Raises BadRequest, also for a body announced."""
     hosts = []
-    for line in headers.split(b"\n"):
+    for line in headers.split(b"\n") if headers else ():
         match = re.fullmatch(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r?", line)
         if match is None:
             raise BadRequest(400, "A header line is malformed.")
@@ -905,9 +903,29 @@ def refusal(error: PizauthError) -> bytes:
     return f"error:{error}".encode("utf-8", "replace")
 
 
-# ---- Token states ----
+# ---- Time and token states ----
 # Records that Authenticator replaces when their meaning changes; the fields with a default are its
 # bookkeeping. Moments are by the clock that counts suspend. Empty is None.
+
+
+class Clock:
+    """The time, by a clock that counts suspension and by the wall's. Tests have their own."""
+
+    def __init__(self) -> None:
+        self._id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+    def now(self) -> float:
+        """Seconds since some moment, which nobody sets back."""
+        return time.clock_gettime(self._id)
+
+    def wall(self) -> float:
+        """Seconds since the epoch, as far as the machine knows."""
+        return time.time()
+
+    def date(self, moment: float) -> str:
+        """A moment of now() as local time, in the form of RFC 2822."""
+        seconds = self.wall() - self.now() + moment
+        return time.strftime("%a, %d %b %Y %H:%M:%S %z", time.localtime(seconds))
 
 
 class Pending(Record):
@@ -1291,9 +1309,9 @@ class Authenticator:
         try:
             response = token_response(outcome, pending.form)
         except TransientError as error:
-            if not error.outage or pending.tries >= EXCHANGE_TRIES:
+            if not error.outage or pending.tries >= CODE_TRIES:
                 return self._not_authorized(name, str(error))
-            pending.retry_at = self._clock.now() + EXCHANGE_RETRY
+            pending.retry_at = self._clock.now() + CODE_RETRY_INTERVAL
             self._rescheduled()
             message = f"Authentication for {name} failed, and will be tried again: {error}"
             self._failed(name, message, INFO)
@@ -1383,6 +1401,7 @@ class Authenticator:
 
     def _failed(self, name: str, message: str, level: int) -> None:
         """Remember an account's failure for `status`, and tell it; an error also to the person."""
+        message = printable(message)  # an account's name may be anything
         self._errors[name] = (self._clock.now(), message)
         if level == ERROR and self.config.error_notify_cmd is not None:
             self._command("error_notify_cmd", name, {"PIZAUTH_MSG": message}, ERROR_LIMIT)
@@ -1445,8 +1464,8 @@ class Authenticator:
         if not redirect_matches(pending.redirect_uri, scheme, head):
             raise BadRequest(404, "This is not the address that the account redirects to.")
         if pending.form is None and response.error is not None:
-            words = [response.error, response.error_description or ""]
-            reason = shown_error(words)[2:] or "no reason given"
+            words = filter(None, (response.error, response.error_description))
+            reason = printable(": ".join(words))[:500] or "no reason given"
             self._not_authorized(name, reason)
             raise BadRequest(400, f"Authentication for {name} failed: {reason}")
         if pending.form is None and not response.code:
@@ -1809,26 +1828,6 @@ def mint_certificate() -> bytes:
 # else with it.
 
 
-class Clock:
-    """The time, by a clock that counts suspension and by the wall's. Tests have their own."""
-
-    def __init__(self) -> None:
-        self._id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-    def now(self) -> float:
-        """Seconds since some moment, which nobody sets back."""
-        return time.clock_gettime(self._id)
-
-    def wall(self) -> float:
-        """Seconds since the epoch, as far as the machine knows."""
-        return time.time()
-
-    def date(self, moment: float) -> str:
-        """A moment of now() as local time, in the form of RFC 2822."""
-        seconds = self.wall() - self.now() + moment
-        return time.strftime("%a, %d %b %Y %H:%M:%S %z", time.localtime(seconds))
-
-
 class Tls:
     """The server's side of a TLS connection as a filter of bytes.
 
@@ -1877,7 +1876,7 @@ class Exchange:
         self.loop, self.sock, self.kind, self.tls = loop, sock, kind, tls
         self.frame, self.respond = frame, respond
         self.state = "reading"
-        self.deadline: float | None = loop.clock.now() + EXCHANGE_TIMEOUT
+        self.deadline: float | None = loop.clock.now() + CONNECTION_TIMEOUT
         self.watched = 0  # the events that the selector watches for
         self.buffer = bytearray()
         self.outgoing = memoryview(b"")
@@ -1901,7 +1900,7 @@ class Exchange:
         """Send the reply and end; does nothing if the peer has gone meanwhile."""
         if self.state not in ("reading", "parked"):
             return
-        self.state, self.deadline = "writing", self.loop.clock.now() + EXCHANGE_TIMEOUT
+        self.state, self.deadline = "writing", self.loop.clock.now() + CONNECTION_TIMEOUT
         try:
             if self.tls is None:
                 self.outgoing = memoryview(reply)
@@ -2019,9 +2018,12 @@ class Listener:
         self.loop.selector.register(self.sock, selectors.EVENT_READ, self.ready)
 
     def close(self) -> None:
-        if self.sock in self.loop.selector.get_map():
+        if self.loop.paused.pop(self, None) is None:
             self.loop.selector.unregister(self.sock)
-        self.loop.paused.pop(self, None)
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)  # or a child just forked would still hold the port
+        except OSError:
+            pass  # some systems know that of connections alone
         self.sock.close()
 
 
@@ -2074,23 +2076,25 @@ class Child:
                 pass  # too young to have made its group, or another user's by sudo
 
     def expire(self) -> None:
-        """It has reached its limit: its owner hears so at once."""
-        then, self.then = self.then, None
-        if not self.spared:
-            self.kill()
-        self.loop.tell(then, None, b"")
+        """It has reached its limit: its owner hears so at once, unless it has ended in time."""
+        if not self.reap():
+            then, self.then = self.then, None
+            if not self.spared:
+                self.kill()
+            self.loop.tell(then, None, b"")
 
-    def reap(self) -> None:
-        """If it has ended, tell its owner how."""
+    def reap(self) -> bool:
+        """Has it ended? Then its owner hears how."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid:
-            return
+            return False
         del self.loop.children[self.pid]
         while self.ready():
             pass  # what it wrote last
         self._close_pipe()
         then, self.then = self.then, None  # its number may be another's from here on
         self.loop.tell(then, os.waitstatus_to_exitcode(status), bytes(self.output))
+        return True
 
     def _close_pipe(self) -> None:
         if self.pipe >= 0:
@@ -2122,6 +2126,11 @@ class Command(Record):
     child: Child | None = None
 
 
+def loop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that the loop heeds."""
+    return (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class Loop:
     """Waits for sockets, children, signals and moments, and calls who waits for them."""
 
@@ -2137,7 +2146,7 @@ class Loop:
         self.refused: list[Callable[[], None]] = []  # tells those whose child could not be forked
         self.requests: list[TokenRequest] = []
         self.commands: list[Command] = []  # that wait to be started
-        self.signals = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        self.signals = loop_signals()
         self.flags: set[int] = set()  # those that came
         self.grace_ends: float | None = None  # once stopping: when we end whatever is in flight
         self.bell, self.rung = socket.socketpair()
@@ -2320,12 +2329,14 @@ class Loop:
 
     def _start_requests(self) -> None:
         """Start what waits and has a slot, the urgent first; some slots are kept free for them."""
-        running = [request.host for request in self.requests if request.child is not None]
+        hosts = [request.host for request in self.requests if request.child is not None]
         waiting = [request for request in self.requests if request.child is None]
         for request in sorted(waiting, key=lambda request: not request.urgent):
-            if (len(running) < TOKEN_REQUESTS[request.urgent]
-                    and running.count(request.host) < HOST_REQUESTS[request.urgent]):
-                running.append(request.host)
+            kind = "code" if request.urgent else "refresh"
+            if len(hosts) >= TOKEN_REQUESTS[kind]:
+                break  # the urgent ones were first
+            if hosts.count(request.host) < HOST_REQUESTS[kind]:
+                hosts.append(request.host)
                 work = partial(post_form, request.uri, request.form)
                 request.child = self.fork(work, TOKEN_REQUEST_LIMIT, partial(self._posted, request))
                 if request.child is None:
@@ -2335,10 +2346,10 @@ class Loop:
         if request in self.requests:
             self.requests.remove(request)
         if status != 0:
-            host = request.host
-            why = output.decode() or f"no answer from {host} within {TOKEN_REQUEST_LIMIT} s"
-            if status is not None:
-                why = f"the process that asked {host} ended with status {status}"
+            why = f"the process that asked {request.host} ended with status {status}"
+            if status is None:
+                limit = f"no answer from {request.host} within {TOKEN_REQUEST_LIMIT} s"
+                why = output.decode() or limit
             output = outcome_bytes(0, 0, False, why.encode())
         request.then(output)
         self._start_requests()
@@ -2419,8 +2430,10 @@ def write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def put(data: bytes) -> None:
-    """Write to standard output, of which print() might make something else. Raises PizauthError."""
+def put(data: bytes | str) -> None:
+    """Write to standard output, in UTF-8 whatever the locale. Raises PizauthError."""
+    if isinstance(data, str):
+        data = data.encode("utf-8", "surrogateescape")
     try:
         write_all(1, data)
     except OSError as error:
@@ -2436,20 +2449,20 @@ def put(data: bytes) -> None:
 class Log:
     """Called with a level and a message; messages above the verbosity are dropped."""
 
-    NAMES = ("ERROR", "WARNING", "INFO", "DEBUG", "TRACE")
+    LEVELS = (("ERROR", "LOG_ERR"), ("WARNING", "LOG_WARNING"), ("INFO", "LOG_INFO"),
+              ("DEBUG", "LOG_DEBUG"), ("TRACE", "LOG_DEBUG"))
 
     def __init__(self, verbosity: int) -> None:
         self.verbosity = verbosity
         self.to_syslog = False
 
     def __call__(self, level: int, message: str) -> None:
-        for line in message.splitlines() if level <= self.verbosity else []:
+        name, priority = self.LEVELS[level]
+        for line in map(printable, message.splitlines() if level <= self.verbosity else ()):
             if self.to_syslog:
-                priority = (syslog.LOG_ERR, syslog.LOG_WARNING, syslog.LOG_INFO,
-                            syslog.LOG_DEBUG, syslog.LOG_DEBUG)[level]
-                syslog.syslog(priority, printable(line))
+                syslog.syslog(getattr(syslog, priority), line)
             else:
-                complain(f"{self.NAMES[level]} - {printable(line)}")
+                complain(f"{name} - {line}")
 
     def use_syslog(self) -> None:
         """From now on messages go to syslog; where none runs they are lost, which is no error."""
@@ -2513,9 +2526,12 @@ def take_lock(directory: str) -> int:
         raise PizauthError(f"Cannot lock {path}: {error.strerror}") from None
     with socket.socket(socket.AF_UNIX) as probe:
         try:
+            probe.settimeout(1)  # one that is too busy to take us runs all the same
             probe.connect(os.path.join(directory, SOCKET_NAME))
-        except OSError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return lock  # nobody answers: no socket, or one that a killed server left behind
+        except OSError:
+            pass
     raise PizauthError("pizauth authenticator already running")
 
 
@@ -2548,21 +2564,19 @@ def bind_control(path: str) -> socket.socket:
 def bind_redirect(option: str, addresses: tuple[tuple[str, int], ...]) -> list[socket.socket]:
     """The sockets of a redirect listener, all with one port; only the first address must be had."""
     (host, port), *others = addresses
-    for attempt in range(PORT_TRIES):
+    for _ in range(PORT_TRIES):
         try:
-            first = bind_inet(host, port)
-        except OSError as error:
+            sockets = [bind_inet(host, port)]
+        except (OSError, UnicodeError) as error:
             raise PizauthError(f"Cannot listen on {option} \"{host}:{port}\":"
-                               f" {error.strerror or error}") from None
-        sockets = [first]
+                               f" {getattr(error, 'strerror', None) or error}") from None
         try:
-            sockets += [bind_inet(other, first.getsockname()[1]) for other, _ in others]
+            return sockets + [bind_inet(other, sockets[0].getsockname()[1]) for other, _ in others]
         except OSError as error:
-            if error.errno == errno.EADDRINUSE and attempt < PORT_TRIES - 1:
-                first.close()
-                continue  # a stranger has our port on the other family, and would get our redirects
-        return sockets
-    raise AssertionError("the last attempt returns or raises")
+            if error.errno != errno.EADDRINUSE:
+                return sockets  # this machine does not have the other family
+        sockets[0].close()  # a stranger has our port there, and would get our redirects
+    raise PizauthError(f"Cannot listen on {option}: every port is taken on {others[0][0]}")
 
 
 def bind_inet(host: str, port: int) -> socket.socket:
@@ -2591,23 +2605,31 @@ class Server:
 
     def __init__(self, path: str, verbosity: int, minting: tuple[int, int]) -> None:
         self.path, self.log, self.clock = path, Log(verbosity), Clock()
-        self.loop = Loop(self.clock, self.log, limit_resources())
+        self.descriptors = limit_resources()
         self.directory = make_runtime_directory()
         self.control_path = os.path.join(self.directory, SOCKET_NAME)
         self.lock = take_lock(self.directory)
-        config = load_config(path)
-        self.authenticator = Authenticator(
-            config, self.clock, self.loop.post, self.loop.run_command, self.log)
-        self.authenticator.reload = self.reload
+        self.config = load_config(path)
         self.context: ssl.SSLContext | None = None
-        if config.https_listen:
-            self.set_up_https(config, minting)
+        self.about_https: Fields = {}
+        if self.config.https_listen:
+            self.set_up_https(self.config, minting)
         self.redirects: dict[str, list[Listener]] = {"http": [], "https": []}
-        self.authenticator.ports = self.adopt(self.bind_redirects(config, None))
+        self.bound = self.bind_redirects(self.config, None)
         # From here on a signal must not end us without run(), which takes it up again.
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.loop.signals)
-        self.listen_to_clients()
+        signal.pthread_sigmask(signal.SIG_BLOCK, loop_signals())
+        self.control_socket = bind_control(self.control_path)
         self.stopping_told = False
+
+    def set_up_loop(self) -> None:
+        """Make what does not survive a fork everywhere: a kqueue is not inherited."""
+        self.loop = Loop(self.clock, self.log, self.descriptors)
+        self.authenticator = Authenticator(
+            self.config, self.clock, self.loop.post, self.loop.run_command, self.log)
+        self.authenticator.reload = self.reload
+        self.authenticator.about_https = self.about_https
+        self.authenticator.ports = self.adopt(self.bound)
+        self.listen_to_clients(self.control_socket)
 
     # The redirect listeners.
 
@@ -2619,7 +2641,7 @@ class Server:
                 raise PizauthError(f"Account {name} has an 'https' redirect, which {NEEDS}")
         if about:
             self.context = tls_context(about.pop("pem"), self.directory)
-            self.authenticator.about_https = about
+            self.about_https = about
         else:
             complain(f"WARNING - HTTPS is off: it {NEEDS}, or set https_listen = none")
 
@@ -2685,10 +2707,9 @@ class Server:
 
     # The control socket.
 
-    def listen_to_clients(self) -> None:
-        """Bind the control socket; remember which one is ours."""
-        self.control = Listener(
-            self.loop, bind_control(self.control_path), "control", self.control_exchange)
+    def listen_to_clients(self, sock: socket.socket) -> None:
+        """Serve the control socket; remember which one is ours."""
+        self.control = Listener(self.loop, sock, "control", self.control_exchange)
         self.control_inode = os.lstat(self.control_path).st_ino
         self.control_checked = self.clock.now()
 
@@ -2712,19 +2733,20 @@ class Server:
         try:
             make_runtime_directory()
             replaced = self.control
-            self.listen_to_clients()
+            self.listen_to_clients(bind_control(self.control_path))
             replaced.close()
         except (PizauthError, OSError) as error:
             self.log(ERROR, f"Cannot make the control socket anew: {error}")
 
     # Its life.
 
-    def run(self, ready: Callable[[], None] = lambda: None) -> int:
+    def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Serve until told to stop and leave nothing behind; ready() says that clients can come."""
+        self.set_up_loop()
         self.loop.catch_signals()
         os.ftruncate(self.lock, 0)
         os.pwrite(self.lock, b"%d\n" % os.getpid(), 0)  # for who must kill a server that hangs
-        config = self.authenticator.config
+        config = self.config
         ready()
         self.log(INFO, f"Serving {len(config.accounts)} account(s) on {self.control_path}")
         if config.startup_cmd is None:
@@ -2734,7 +2756,6 @@ class Server:
                 config.startup_cmd, {}, STARTUP_PATIENCE, False, self.started, spared=True)
         self.loop.run(self.authenticator, self.each_pass)
         self.end()
-        return 0
 
     def started(self, status: int | None, output: bytes) -> None:
         """startup_cmd has ended, or has run long enough to be left to itself."""
@@ -2752,6 +2773,7 @@ class Server:
     def end(self) -> None:
         """Close sockets, release the lock, and last let go who waits, the `shutdown` client too."""
         self.log(INFO, "Stopping")
+        self.loop.kill_children()
         for listener in [self.control, *self.redirects["http"], *self.redirects["https"]]:
             listener.close()
         try:
@@ -2759,9 +2781,9 @@ class Server:
                 os.unlink(self.control_path)
         except OSError:
             pass  # swept away
-        self.authenticator.farewell()
-        self.loop.kill_children()
+        fcntl.flock(self.lock, fcntl.LOCK_UN)  # a child just forked may still have it open
         os.close(self.lock)
+        self.authenticator.farewell()
         self.loop.end()
 
 
@@ -2803,15 +2825,20 @@ def notify(state: str) -> None:
                 pass  # nobody listens
 
 
-def daemonise(server: Server) -> int:
-    """Run a server in a child that has let go of the terminal; 0 once it answers clients."""
+def daemonise(server: Server) -> None:
+    """Run a server in a child that has let go of the terminal; return once it answers clients."""
     reader, writer = os.pipe()
-    if os.fork():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, server.loop.signals)
+    try:
+        child = os.fork()
+    except OSError as error:
+        os.unlink(server.control_path)
+        raise PizauthError(f"Cannot start another process: {error.strerror}") from None
+    if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, loop_signals())
         os.close(writer)
-        if os.read(reader, 1):
-            return 0
-        raise PizauthError("The server ended before it could answer")
+        if not os.read(reader, 1):
+            raise PizauthError("The server ended before it could answer")
+        return
     os.close(reader)
     os.setsid()
 
@@ -2824,7 +2851,7 @@ def daemonise(server: Server) -> int:
         os.write(writer, b"!")
         os.close(writer)
 
-    return server.run(ready)
+    server.run(ready)
 
 
 def limit_resources() -> int:
@@ -2867,53 +2894,42 @@ def ask(request: bytes) -> bytes:
     return bytes(reply)
 
 
-def asked(verb: bytes, rest: bytes = b"") -> tuple[bytes, str]:
-    """Kind and text of the reply. Raises PizauthError if it is an error, or no token yet."""
-    kind, colon, raw = ask(verb + b":" + rest).partition(b":")
+def asked(verb: bytes, rest: bytes = b"", kind: bytes = b"ok") -> str:
+    """The text of a reply of this kind. Raises PizauthError for an error, or without a token."""
+    got, _, raw = ask(verb + b":" + rest).partition(b":")
     text = raw.decode("utf-8", "replace")
-    if kind == b"error":
+    if got == b"error":
         raise PizauthError(text)
-    if kind == b"pending":
+    if got == b"pending":
         raise PizauthError(f"Access token unavailable until authorised with URL {text}".rstrip())
-    if not colon:
-        raise PizauthError("The server gave no answer that makes sense: is it of another version?")
-    return kind, text
+    if got != kind:
+        raise PizauthError("The server gave no answer that makes sense: is it another version?")
+    return text
 
 
-def about_account(verb: bytes, options: argparse.Namespace) -> str:
-    """The text of the reply to a request about an account."""
-    word = b"withouturl " if options.without_url else b"withurl "
-    return asked(verb, word + os.fsencode(options.account))[1]
+def print_token(account: str, without_url: bool = False) -> None:
+    option = b"withouturl " if without_url else b"withurl "
+    put(asked(b"showtoken", option + os.fsencode(account), b"access_token") + "\n")
 
 
-def plain_show(account: str) -> int:
-    """`show ACCOUNT`, as mail programs call it."""
-    _, token = asked(b"showtoken", b"withurl " + os.fsencode(account))
-    put(token.encode() + b"\n")
-    return 0
+def show(options: argparse.Namespace) -> None:
+    print_token(options.account, options.without_url)
 
 
-def show(options: argparse.Namespace) -> int:
-    put(about_account(b"showtoken", options).encode() + b"\n")
-    return 0
+def refresh(options: argparse.Namespace) -> None:
+    option = b"withouturl " if options.without_url else b"withurl "
+    asked(b"refresh", option + os.fsencode(options.account), b"scheduled")
 
 
-def refresh(options: argparse.Namespace) -> int:
-    about_account(b"refresh", options)
-    return 0
+def status(options: argparse.Namespace) -> None:
+    put(asked(b"status") + "\n")
 
 
-def status(options: argparse.Namespace) -> int:
-    put(asked(b"status")[1].encode() + b"\n")
-    return 0
-
-
-def shutdown(options: argparse.Namespace) -> int:
+def shutdown(options: argparse.Namespace) -> None:
     ask(b"shutdown:")
-    return 0
 
 
-def info(options: argparse.Namespace) -> int:
+def info(options: argparse.Namespace) -> None:
     """Where things are, and what the running server says of itself; no server is no error."""
     import json
 
@@ -2933,8 +2949,7 @@ def info(options: argparse.Namespace) -> int:
             "server_running": server_info is not None,
             **({} if server_info is None else {"server_info": server_info}),
         }
-        put(json.dumps(about, indent=2).encode() + b"\n")
-        return 0
+        return put(json.dumps(about, indent=2) + "\n")
     lines = [f"{name} version {VERSION}:", f"  cache directory: {cache}",
              f"  config file: {config}"]
     lines.append("server not running" if server_info is None else "server running:")
@@ -2942,19 +2957,17 @@ def info(options: argparse.Namespace) -> int:
               "https_pub_key": "HTTPS public key", "https_cert_sha256": "HTTPS certificate SHA-256"}
     lines += [f"  {titles[key]}: {server_info[key]}" for key in titles
               if server_info and key in server_info]
-    put("\n".join([*lines, ""]).encode("utf-8", "surrogateescape"))
-    return 0
+    put("\n".join([*lines, ""]))
 
 
-def dump(options: argparse.Namespace) -> int:
+def dump(options: argparse.Namespace) -> None:
     reply = ask(b"dump:")
     if not reply or reply.startswith(b"error:"):
         raise PizauthError("The server gave no dump" + reply[5:].decode("utf-8", "replace"))
     put(reply)
-    return 0
 
 
-def restore(options: argparse.Namespace) -> int:
+def restore(options: argparse.Namespace) -> None:
     """Send a dump to the server, all of it read before the server is bothered."""
     data = bytearray()
     try:
@@ -2963,21 +2976,21 @@ def restore(options: argparse.Namespace) -> int:
     except OSError as error:
         raise PizauthError(f"Cannot read standard input: {error.strerror}") from None
     asked(b"restore", bytes(data))
-    return 0
 
 
-def reload(options: argparse.Namespace) -> int:
+def reload(options: argparse.Namespace) -> None:
     asked(b"reload")
-    return 0
 
 
-def revoke(options: argparse.Namespace) -> int:
+def revoke(options: argparse.Namespace) -> None:
     asked(b"revoke", os.fsencode(options.account))
-    return 0
 
 
-def server(options: argparse.Namespace) -> int:
+def server(options: argparse.Namespace) -> None:
     """Run the daemon, in the foreground with -d, else in a child whose word is waited for."""
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # a standard stream was closed, and our sockets must not take its number
+    os.closerange(3, DESCRIPTORS)  # what our starter left open is not ours to hold
     minting = start_minting()
     try:
         server_imports()
@@ -2987,7 +3000,10 @@ def server(options: argparse.Namespace) -> int:
         os.close(pipe)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    return daemon.run() if options.foreground else daemonise(daemon)
+    if options.foreground:
+        daemon.run()
+    else:
+        daemonise(daemon)
 
 
 def start_minting() -> tuple[int, int]:
@@ -3007,7 +3023,7 @@ def start_minting() -> tuple[int, int]:
     return pid, reader
 
 
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, ...]]] = {
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], str, tuple[str, ...]]] = {
     "dump": (dump, "write the tokens to standard output", ()),
     "info": (info, "print where things are and what the server says of itself", ("-c", "-j")),
     "refresh": (refresh, "ask for a new access token now", ("-u", "account")),
@@ -3042,7 +3058,7 @@ def command_line() -> argparse.ArgumentParser:
             raise SystemExit(1)
 
         def _print_message(self, message: str, file: object = None) -> None:
-            put(message.encode())
+            put(message)
 
     parser = Usage(prog="pizauth", allow_abbrev=False,
                    description="OAuth2 access tokens for command-line mail programs")
@@ -3061,12 +3077,13 @@ def main(arguments: list[str]) -> int:
     """Run a command; the exit status."""
     try:
         if len(arguments) == 2 and arguments[0] == "show" and not arguments[1].startswith("-"):
-            return plain_show(arguments[1])
+            print_token(arguments[1])
+            return 0
         options, unknown = command_line().parse_known_args(arguments)
         if unknown:
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        function: Callable[[argparse.Namespace], int] = options.function
-        return function(options)
+        options.function(options)
+        return 0
     except PizauthError as error:
         complain(f"ERROR - {error}")
     except KeyboardInterrupt:
