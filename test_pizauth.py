@@ -375,12 +375,27 @@ FAULTS = {
         "error_description": "\x1b[2Jcannot use " + " ".join(form.values())}),
     "drip": lambda handler, form: handler.raw(
         OK_HEAD + b"Content-Length: 9000\r\n\r\n", *[b" "] * 9000, pause=0.2),
+    "303": lambda handler, form: handler.reply(
+        303, {}, [("Location", f"{handler.server.provider.url}/elsewhere")]
+    ),
+    "location": lambda handler, form: handler.reply(302, {}, [("Location", "http://[::1")]),
+    "after": lambda handler, form: handler.reply(
+        503, {}, [("Retry-After", "129 Oct , M5 1:2:3:4 -")]),
+    "cut-chunk": lambda handler, form: handler.raw(
+        OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b'20\r\n{"access_token": "cut"}'),
     "slow": lambda handler, form: handler.slow(form, 0.5),
     "late": lambda handler, form: handler.slow(form, 15),
     "silent": lambda handler, form: handler.server.provider.closing.wait(60),
 }
 SLOW_FAULTS = ("drip", "silent")
 BAD_FAULTS = tuple(fault for fault in FAULTS if fault not in ("slow", "late"))
+FAULTS.update({
+    "headers": lambda handler, form: handler.reply(200, dict(handler.headers)),
+    "chunked": lambda handler, form: handler.raw(
+        OK_HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 900\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
+    "until-eof": lambda handler, form: handler.raw(OK_HEAD + b"\r\n{}"),
+    "twice": lambda handler, form: handler.raw(OK_HEAD + b"Content-Length: 2, 2\r\n\r\n{}"),
+})
 
 
 # ---- A real server, and its clients ----
@@ -985,6 +1000,21 @@ class MessagesTest(unittest.TestCase):
             self.assertIn("cid", str(caught.exception))
             self.assertLess(len(str(caught.exception)), 520)
 
+    def test_whatever_goes_wrong_below_http_is_told_shortly_and_safely(self):
+        form = {"refresh_token": "rt1", "client_secret": "rt1-and-more"}
+        text = b"no answer: \x1b[2J r\1t1 rt1-and-more \xff" + b"x" * 60_000
+        with self.assertRaises(pizauth.TransientError) as caught:
+            self.judge(text, 0, form=form)
+        message = str(caught.exception)
+        self.assertTrue(message.startswith("no answer: [2J ... ... \ufffdxx"), message[:60])
+        self.assertEqual(len(message), 500)
+
+    def test_retry_after_counts_whatever_the_answer_was(self):
+        for body, status in (({"error": "slow_down"}, 400), (b"<html>", 403), ({}, 503)):
+            with self.assertRaises(pizauth.TransientError) as caught:
+                self.judge(body, status, retry_after=120)
+            self.assertEqual(caught.exception.retry_after, 120)
+
     def test_authorization_response(self):
         got = pizauth.authorization_response("state=s%26&code=c+d&x=1&x=2")
         self.assertEqual((got.state, got.code, got.error), ("s&", "c d", None))
@@ -1411,6 +1441,17 @@ class TokensTest(unittest.TestCase):
         self.world.authorise("x", expires_in=3600)
         self.world.authorise("y", expires_in=600)
         self.assertEqual(self.world.auth.deadline(), 1000 + 510)
+
+    def test_an_absurd_refresh_at_least_is_no_absurd_life(self):
+        world = World(account("x", "refresh_at_least = 18446744073709551615s;"))
+        world.authorise(expires_in=None)
+        self.assertIn("Active access token", world.status())
+        self.assertIn("2036", world.status())
+
+    def test_browsers_that_wait_when_all_ends_are_told(self):
+        pages = self.world.approve()
+        self.world.auth.farewell()
+        self.assertIn("pizauth was stopped", text_of(pages[0])[1])
 
     def test_a_wall_clock_set_back_changes_nothing_but_dates(self):
         self.world.authorise("x", expires_in=3600)
@@ -2450,8 +2491,47 @@ class LoopTest(unittest.TestCase):
         self.pump()
         self.assertEqual(self.received(peer), b"hello")
 
+    def test_a_connection_that_ends_makes_room_for_those_that_were_paused(self):
+        listener, _ = self.listener()
+        peer = self.connect("browser", pizauth.http_head)
+        self.loop.pause(listener)
+        peer.close()
+        self.pump()
+        self.assertEqual(self.loop.paused, {})
+
+    def test_many_connections_at_once_are_not_all_accepted_before_others_have_their_turn(self):
+        listener, address = self.listener()
+        self.peers += [socket.create_connection(address) for _ in range(40)]
+        listener.ready(0)
+        self.assertEqual(self.open("browser"), 32)
+
+    def test_while_something_is_scheduled_the_loop_never_sleeps_longer_than_37_s(self):
+        idle = Idle(None)
+        idle.deadline = lambda: self.clock.now() + 1000
+        self.assertEqual(self.loop.patience(idle), 37)
+        idle.deadline = lambda: self.clock.now() - 5
+        self.assertEqual(self.loop.patience(idle), 0)
+
+    def test_an_outcome_that_has_come_is_not_lost_to_its_limit(self):
+        ended = []
+        child = self.loop.fork(lambda: b"tokens", 30, lambda *outcome: ended.append(outcome))
+        self.assertTrue(until(lambda: not alive(child.pid)))
+        self.clock.advance(40)  # suspended meanwhile
+        self.loop.expire()
+        self.assertEqual(ended, [(0, b"tokens")])
+
+    def test_a_child_ends_by_itself_when_its_server_was_killed(self):
+        script = (
+            "import os, signal, time, pizauth; pizauth.server_imports()\n"
+            "loop = pizauth.Loop(pizauth.Clock(), print)\n"
+            "child = loop.fork(lambda: time.sleep(60), 0.1, print)\n"
+            "os.write(1, b'%d' % child.pid); os.kill(os.getpid(), signal.SIGKILL)")
+        done = subprocess.run([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE)
+        self.assertTrue(until(lambda: not alive(int(done.stdout)), 5))
+
     def run_until(self, condition):
         """Run the real loop with real signals until a condition holds."""
+        self.loop.flags.add(signal.SIGCHLD)  # a child may have ended before we listened
         kept = {number: signal.getsignal(number) for number in self.loop.signals}
         self.loop.catch_signals()
         idle = Idle(condition)
@@ -2569,7 +2649,7 @@ class LoopTest(unittest.TestCase):
         for status, output, reason in (
             (None, b"", "no answer from h within 30 s"),
             (None, b"cannot start", "cannot start"),
-            (-9, b"200 0 1\n", "the process that asked h ended with status -9"),
+            (-9, b"200 0 1\n\xff", "the process that asked h ended with status -9"),
         ):
             self.post()
             self.loop.requests[0].child.end(status, output)
@@ -2935,6 +3015,58 @@ class DirectoryTest(unittest.TestCase):
         with self.assertRaisesRegex(pizauth.PizauthError, "belongs to another user"):
             pizauth.ask(b"info:")
 
+    def test_only_one_can_hold_the_lock_even_before_there_is_a_socket(self):
+        directory = pizauth.make_runtime_directory()
+        lock = pizauth.take_lock(directory)
+        with self.assertRaisesRegex(pizauth.PizauthError, "already running"):
+            pizauth.take_lock(directory)
+        os.close(lock)
+        os.close(pizauth.take_lock(directory))
+        self.assertEqual(os.stat(f"{directory}/pizauth.lock").st_mode & 0o777, 0o600)
+
+    def test_the_control_socket_is_never_open_to_others(self):
+        before = os.umask(0)
+        try:
+            with unittest.mock.patch.object(pizauth, "keep_from_sweepers"):
+                pizauth.bind_control(f"{self.base}/s").close()
+            self.assertEqual(os.umask(0), 0)
+        finally:
+            os.umask(before)
+        self.assertEqual(os.stat(f"{self.base}/s").st_mode & 0o077, 0)
+
+    def test_redirect_listeners_of_both_families_share_a_port_and_nothing_else(self):
+        sockets = pizauth.bind_redirect("http_listen", pizauth.Config.http_listen)
+        self.addCleanup(lambda: [sock.close() for sock in sockets])
+        self.assertEqual(len({sock.getsockname()[1] for sock in sockets}), 1)
+        for sock in sockets[1:]:
+            self.assertTrue(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
+        address = sockets[0].getsockname()
+        with self.assertRaisesRegex(pizauth.PizauthError, "Address already in use"):
+            pizauth.bind_redirect("http_listen", (address,))
+        with self.assertRaisesRegex(pizauth.PizauthError, 'Cannot listen on http_listen "a..b:80"'):
+            pizauth.bind_redirect("http_listen", (("a..b", 80),))
+
+    def test_the_clock_counts_suspension_where_there_is_such_a_clock(self):
+        expected = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+        self.assertAlmostEqual(pizauth.Clock().now(), time.clock_gettime(expected), delta=1)
+
+    def test_the_log_has_one_harmless_line_a_message_and_none_above_its_level(self):
+        for verbosity, lines in ((0, ["ERROR - a[2J", "ERROR - b"]), (1, ["ERROR - a[2J",
+                                 "ERROR - b", "WARNING - w"])):
+            with unittest.mock.patch.object(pizauth, "complain") as complain:
+                log = pizauth.Log(verbosity)
+                for level, message in ((pizauth.ERROR, "a\x1b[2J\nb"), (pizauth.WARNING, "w"),
+                                       (pizauth.INFO, "i")):
+                    log(level, message)
+            self.assertEqual([call.args[0] for call in complain.call_args_list], lines)
+        log = pizauth.Log(4)
+        log.use_syslog()
+        with unittest.mock.patch("syslog.syslog") as sent:
+            for level in range(5):
+                log(level, "m")
+        self.assertEqual([call.args for call in sent.call_args_list],
+                         [(3, "m"), (4, "m"), (6, "m"), (7, "m"), (7, "m")])
+
     def test_a_port_that_is_taken_on_the_other_family_is_given_up_ten_times_at_most(self):
         for taken, tries in ((3, 4), (99, 10)):
             bound = []
@@ -3127,6 +3259,63 @@ class CommandLineTest(unittest.TestCase):
             about = json.loads(self.run_in(directory, "info", "-j").stdout)
             self.assertEqual((about["server_running"], "server_info" in about), (False, False))
 
+    def patched(self, constant, value, *arguments):
+        """The command line of a pizauth with another constant."""
+        script = f"import pizauth; pizauth.{constant} = {value}; pizauth.main({list(arguments)})"
+        return [sys.executable, "-c", script]
+
+    def test_a_client_does_not_wait_for_ever(self):
+        with tempfile.TemporaryDirectory(prefix="piz") as directory, \
+                socket.socket(socket.AF_UNIX) as other:
+            os.mkdir(f"{directory}/pizauth", 0o700)
+            other.bind(f"{directory}/pizauth/pizauth.sock")
+            other.listen()
+            command = self.patched("CLIENT_TIMEOUT", 0.2, "status")
+            done = subprocess.run(
+                command, cwd=HERE, capture_output=True, text=True, timeout=5,
+                env={**self.daemon.environment, "XDG_RUNTIME_DIR": directory})
+            self.assertIn("not running or not responding", done.stderr)
+
+    def test_a_socket_that_was_swept_away_is_made_anew_and_one_of_another_ends_us(self):
+        with Daemon(account("x")) as daemon:
+            daemon.stop()
+            os.unlink(daemon.socket)
+            command = self.patched("SOCKET_CHECK", 0.1, "server", "-d")
+            with open(daemon.log, "ab") as log:
+                daemon.process = subprocess.Popen(
+                    command, cwd=HERE, env=daemon.environment, stderr=log)
+            self.assertTrue(until(daemon.answers))
+            shutil.rmtree(os.path.dirname(daemon.socket))
+            time.sleep(0.2)
+            daemon.process.send_signal(signal.SIGHUP)  # which wakes it
+            self.assertTrue(until(daemon.answers))
+            os.unlink(daemon.socket)
+            with socket.socket(socket.AF_UNIX) as other:
+                other.bind(daemon.socket)
+                time.sleep(0.2)
+                daemon.process.send_signal(signal.SIGHUP)
+                self.assertEqual(daemon.process.wait(5), 0)
+            self.assertTrue(os.path.exists(daemon.socket))
+            self.assertIn("Another server has taken over", daemon.logged())
+
+    def test_a_server_started_with_closed_streams_keeps_its_lock(self):
+        daemon = Daemon(account("x"))
+        self.addCleanup(daemon.__exit__)
+        self.addCleanup(daemon.run, "shutdown")
+        for option in ("", " -d &"):
+            command = f"{sys.executable} {PROGRAM} server{option}"
+            subprocess.run(["sh", "-c", f"exec 0<&- 1>&- 2>&-; {command}"], env=daemon.environment)
+            self.assertTrue(until(daemon.answers))
+            self.fails(daemon.run("server"), "pizauth authenticator already running")
+            daemon.run("shutdown")
+
+    @unittest.skipUnless(os.path.exists("/proc/self/limits"), "there is no /proc to read them from")
+    def test_no_core_file_and_just_the_descriptors_it_needs(self):
+        with open(f"/proc/{self.daemon.process.pid}/limits", encoding="ascii") as file:
+            limits = file.read()
+        self.assertRegex(limits, r"Max core file size +0 +0 ")
+        self.assertRegex(limits, r"Max open files +1024 ")
+
     def test_a_dump_of_nothing_is_an_error(self):
         with tempfile.TemporaryDirectory(prefix="piz") as directory, \
                 socket.socket(socket.AF_UNIX) as other:
@@ -3231,12 +3420,25 @@ class EndToEndTest(unittest.TestCase):
             if end == "shutdown":
                 self.assertEqual(daemon.run("shutdown").returncode, 0)
                 self.assertFalse(os.path.exists(daemon.socket))
-                daemon.process.wait(0.5)  # and so `pizauth shutdown && pizauth server` works
+                daemon.process.wait(0.5)
             else:
                 daemon.process.send_signal(end)
             self.assertEqual(daemon.process.wait(3), 0)
             self.assertEqual(os.listdir(os.path.dirname(daemon.socket)), ["pizauth.lock"])
             self.assertEqual(daemon.logged(), "")
+
+    def test_shutdown_and_then_server_works_and_the_daemon_has_a_session_of_its_own(self):
+        daemon = Daemon(self.provider.account())
+        self.addCleanup(daemon.__exit__)
+        self.addCleanup(daemon.run, "shutdown")
+        self.assertEqual(daemon.run("server").returncode, 0)
+        for _ in range(5):
+            self.assertEqual(daemon.ask(b"shutdown:"), b"")
+            done = daemon.run("server")
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+        with open(os.path.join(daemon.directory, "pizauth", "pizauth.lock"), "rb") as file:
+            pid = int(file.read())
+        self.assertEqual(os.getsid(pid), pid)
 
     def test_after_kill_9_it_starts_again(self):
         daemon = self.start(self.provider.account())
@@ -3599,6 +3801,46 @@ class EndToEndTest(unittest.TestCase):
             self.assertEqual(self.provider.token(sent)[0], status)
             self.assertEqual(self.provider.token(sent)[0], 400)
         self.assertIsNone(self.provider.authorize({**query, "code_challenge_method": "plain"}))
+
+    def posted(self, path, environment=()):
+        """What a token request in a process of its own reports: status, and the rest."""
+        script = (
+            "import os, sys, pizauth; pizauth.server_imports()\n"
+            "outcome = pizauth.post_form(sys.argv[1], {'grant_type': 'refresh_token'})\n"
+            "os.write(1, b'%d ' % os.nice(0) + outcome)")
+        uri = path if "://" in path else self.provider.url + path
+        done = subprocess.run(
+            [sys.executable, "-c", script, uri], cwd=HERE, stdout=subprocess.PIPE, check=True,
+            env={**os.environ, "http_proxy": "http://127.0.0.1:1", **dict(environment)})
+        nice, status, rest = done.stdout.split(b" ", 2)
+        self.assertEqual(nice, b"10")
+        return int(status), rest
+
+    def test_a_token_request_is_what_it_should_be_and_loopback_has_no_proxy(self):
+        self.provider.broken = True
+        status, rest = self.posted("/token?fault=headers")
+        self.assertEqual(status, 200)
+        headers = json.loads(rest.partition(b"\n")[2])
+        self.assertEqual(headers["Accept"], "application/json")
+        self.assertEqual(headers["Content-Type"], "application/x-www-form-urlencoded")
+
+    def test_other_hosts_are_asked_by_way_of_the_proxy(self):
+        status, _ = self.posted("http://provider.example/token", {"http_proxy": self.provider.url})
+        self.assertEqual((status, len(self.provider.posts)), (401, 1))
+
+    def test_odd_but_whole_answers_are_taken_and_short_ones_are_not(self):
+        self.provider.broken = True
+        for fault, status, whole in (("chunked", 200, b"1"), ("until-eof", 200, b"0"),
+                                     ("twice", 200, None), ("location", 302, b"1"),
+                                     ("after", 503, b"1"), ("302", 302, b"1"), ("303", 303, b"1"),
+                                     ("redirect", 307, b"1"), ("short", 0, None),
+                                     ("cut-chunk", 0, None)):
+            with self.subTest(fault=fault):
+                got, rest = self.posted(f"/token?fault={fault}")
+                self.assertEqual(got, status, rest)
+                if whole is not None:
+                    self.assertEqual(rest.split(b"\n")[0].split()[1], whole)
+        self.assertEqual(self.provider.stray, [])
 
     @unittest.skipUnless(
         os.path.exists("/proc/self/status"), "there is no /proc to read the memory from")
