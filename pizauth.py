@@ -42,9 +42,9 @@ into a pipe. There are no timers: everything due is derived from the state (Auth
 .deadline), so nothing has to be cancelled. A late outcome counts only if the token it belongs to is
 still in place.
 
-Sections: errors and records; configuration; OAuth 2.0 messages; wire formats; token states;
-Authenticator; Loop; what children do; the server; the client. Each uses only what stands above it.
-Start reading at main(), at the end.
+Sections: errors and records; configuration; OAuth 2.0 messages; wire formats; time and token
+states; dump; Authenticator; what children do; Loop; paths and standard streams; the server; the
+client. Each uses only what stands above it. Start reading at main(), at the end.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     import argparse, base64, difflib, errno, fcntl, gc, hashlib, html, json, re, resource, secrets
     import selectors, signal, socket, ssl, syslog, time, traceback, urllib.parse
     from collections.abc import Iterator, Mapping
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
     from functools import partial
     from typing import Any, Callable, NoReturn, Optional
 
@@ -529,6 +531,7 @@ class Parser:
         return seconds
 
     def uri(self) -> str:
+        """A STRING that is an HTTP or HTTPS URI."""
         lexeme = self.take("string", A_STRING)
         if "\n" in lexeme.text:
             raise self.error(lexeme, f"{OVER_LINES}, which is no URI: is a double quote missing?")
@@ -1779,48 +1782,54 @@ def mint_certificate() -> bytes:
     server's own imports, so that both run at the same time, and imports all it needs itself.
     """
     try:
-        import datetime, hashlib, ipaddress, json
-        from cryptography import x509
-        from cryptography.hazmat.primitives import hashes, serialization
+        import hashlib, json
+        from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError:
         return b"{}"
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "pizauth")])
-    host = os.uname().nodename
-    names: list[x509.GeneralName] = [x509.DNSName("localhost")]
-    names += [x509.DNSName(host)] if host.isascii() and host != "localhost" else []
-    names += [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ("127.0.0.1", "::1")]
-    yesterday = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(yesterday)
-    builder = builder.not_valid_after(yesterday + datetime.timedelta(days=825))
-    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    issuer = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
-    usage = dict.fromkeys(("content_commitment", "key_encipherment", "data_encipherment",
-                           "key_agreement", "key_cert_sign", "crl_sign", "encipher_only",
-                           "decipher_only"), False)
-    for extension, critical in (
-        (x509.SubjectAlternativeName(names), False),
-        (x509.BasicConstraints(ca=False, path_length=None), True),
-        (x509.KeyUsage(digital_signature=True, **usage), True),
-        (x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), False),
-        (identifier, False),
-        (issuer, False),
-    ):
-        builder = builder.add_extension(extension, critical)
-    certificate = builder.sign(key, hashes.SHA256())
+    certificate = self_signed(key)
     pem = serialization.Encoding.PEM
-    point = key.public_key().public_bytes(
-        serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
     private = key.private_bytes(
         pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    point = key.public_key().public_bytes(
+        serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
     sha256 = hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).digest()
     return json.dumps({
         "pem": (private + certificate.public_bytes(pem)).decode(),
         "https_pub_key": point.hex(":").upper(),
         "https_cert_sha256": sha256.hex(":").upper(),
     }).encode()
+
+
+def self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    """Runs in a child: a certificate for this host by all its loopback names."""
+    import datetime, ipaddress
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+
+    host, names = os.uname().nodename, [x509.DNSName("localhost")]
+    names += [x509.DNSName(host)] if host.isascii() and host != "localhost" else []
+    addresses = [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ("127.0.0.1", "::1")]
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    no_usage = dict.fromkeys(("content_commitment", "key_encipherment", "data_encipherment",
+                              "key_agreement", "key_cert_sign", "crl_sign", "encipher_only",
+                              "decipher_only"), False)
+    start = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
+    end = start + datetime.timedelta(days=825)  # the most that browsers have taken
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "pizauth")])
+    builder = x509.CertificateBuilder(
+        name, name, key.public_key(), x509.random_serial_number(), start, end)
+    for extension, critical in (
+        (x509.SubjectAlternativeName([*names, *addresses]), False),
+        (x509.BasicConstraints(ca=False, path_length=None), True),
+        (x509.KeyUsage(digital_signature=True, **no_usage), True),
+        (x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), False),
+        (identifier, False),
+        (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), False),
+    ):
+        builder = builder.add_extension(extension, critical)
+    return builder.sign(key, hashes.SHA256())
 
 
 # ---- Loop ----
@@ -1835,6 +1844,9 @@ class Tls:
     """
 
     def __init__(self, context: ssl.SSLContext) -> None:
+        import ssl  # not among server_imports(): a server without HTTPS does not carry it
+
+        self.incomplete = ssl.SSLWantReadError
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.connection = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self.received = 0
@@ -1849,7 +1861,7 @@ class Tls:
         try:
             while piece := self.connection.read(CHUNK):
                 plain += piece
-        except ssl.SSLWantReadError:
+        except self.incomplete:
             pass  # that was all
         return bytes(plain)
 
@@ -1858,7 +1870,7 @@ class Tls:
         self.connection.write(data)
         try:
             self.connection.unwrap()
-        except ssl.SSLWantReadError:
+        except self.incomplete:
             pass  # our part of the closing is said; theirs is not waited for
 
 
@@ -1872,7 +1884,7 @@ class Exchange:
 
     def __init__(self, loop: Loop, sock: socket.socket, kind: str,
                  frame: Callable[[bytearray, bool], Any], respond: Callable[[Any, Answer], None],
-                 tls: Tls | None = None) -> None:
+                 *, tls: Tls | None = None) -> None:
         self.loop, self.sock, self.kind, self.tls = loop, sock, kind, tls
         self.frame, self.respond = frame, respond
         self.state = "reading"
@@ -1993,6 +2005,7 @@ class Listener:
         loop.selector.register(sock, selectors.EVENT_READ, self.ready)
 
     def ready(self, _events: int) -> None:
+        """Accept what has come, but not for ever."""
         for _ in range(ACCEPTS):
             try:
                 sock, _address = self.sock.accept()
@@ -2018,6 +2031,7 @@ class Listener:
         self.loop.selector.register(self.sock, selectors.EVENT_READ, self.ready)
 
     def close(self) -> None:
+        """Stop listening, and give the port back."""
         if self.loop.paused.pop(self, None) is None:
             self.loop.selector.unregister(self.sock)
         try:
@@ -2171,6 +2185,7 @@ class Loop:
             pass  # drained already
 
     def heed_signals(self, authenticator: Authenticator) -> None:
+        """Do what the signals that have come ask for."""
         flags, self.flags = self.flags, set()  # taken first: a later signal has its own turn
         if signal.SIGCHLD in flags:
             for child in list(self.children.values()):
@@ -2355,7 +2370,7 @@ class Loop:
         self._start_requests()
 
     def run_command(self, command: str, variables: Fields, limit: float, group: bool,
-                    then: Ended, spared: bool = False) -> Cancel:
+                    then: Ended, *, spared: bool = False) -> Cancel:
         """Run a shell command in a child; at its limit its process group is killed, or it alone,
         or, if it is spared, nobody."""
         waiting = Command(command, variables, limit, group, then, spared)
@@ -2647,17 +2662,19 @@ class Server:
 
     def bind_redirects(self, config: Config, before: Config | None) -> dict[str, list[Any]]:
         """Sockets for the redirect listeners whose addresses have changed: all, or PizauthError."""
+        wanted = {scheme: getattr(config, f"{scheme}_listen") for scheme in self.redirects}
+        if before is not None:
+            wanted = {scheme: addresses for scheme, addresses in wanted.items()
+                      if addresses != getattr(before, f"{scheme}_listen")}
+            for scheme, addresses in wanted.items():
+                self.check_reloadable(f"{scheme}_listen", addresses)
+        elif self.context is None:
+            wanted["https"] = ()
         bound: dict[str, list[Any]] = {}
         try:
-            for scheme in self.redirects:
+            for scheme, addresses in wanted.items():
                 option = f"{scheme}_listen"
-                addresses = getattr(config, option)
-                if before is None and scheme == "https" and self.context is None:
-                    addresses = ()
-                if before is None or addresses != getattr(before, option):
-                    if before is not None:
-                        self.check_reloadable(option, addresses)
-                    bound[scheme] = bind_redirect(option, addresses) if addresses else []
+                bound[scheme] = bind_redirect(option, addresses) if addresses else []
         except PizauthError as error:
             for sock in sum(bound.values(), []):
                 sock.close()
@@ -2689,7 +2706,7 @@ class Server:
     def browser_exchange(self, scheme: str, sock: socket.socket) -> Exchange:
         respond = partial(self.authenticator.redirected, scheme)
         tls = Tls(self.context) if scheme == "https" and self.context is not None else None
-        return Exchange(self.loop, sock, "browser", http_head, respond, tls)
+        return Exchange(self.loop, sock, "browser", http_head, respond, tls=tls)
 
     def reload(self) -> None:
         """Read the configuration anew and take it, listeners and all, or nothing of it."""
@@ -2797,7 +2814,6 @@ def minted(minting: tuple[int, int]) -> Fields:
 
 def tls_context(pem: str, directory: str) -> ssl.SSLContext:
     """A context with this key and certificate, which ssl takes from a file alone."""
-    global ssl
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2843,6 +2859,7 @@ def daemonise(server: Server) -> None:
     os.setsid()
 
     def ready() -> None:
+        """Let go of the terminal, and give the parent our word."""
         null = os.open(os.devnull, os.O_RDWR)
         for standard in range(3):  # or `$(pizauth server)` would wait for us
             os.dup2(null, standard)
