@@ -1231,7 +1231,7 @@ class Authenticator:
                 if token.retry_at is not None:
                     yield token.retry_at, self._exchange, name, token
                 if token.browsers:
-                    yield token.browsers[0][0], self._let_browser_go, name, token
+                    yield token.browsers[0][0], self._let_browsers_go, name, token
             elif isinstance(token, Active) and token.refresh_token is None:
                 yield token.expires_at, self._expire, name, token
             elif isinstance(token, Active) and token.cancel is None:
@@ -1286,12 +1286,13 @@ class Authenticator:
             self._notifiers[name] = self._command(
                 "auth_notify_cmd", name, {"PIZAUTH_URL": pending.url}, FOR_EVER)
 
-    def _let_browser_go(self, name: str, pending: Pending) -> None:
-        """Answer the browser that has waited long enough for the outcome."""
-        (_, answer), *rest = pending.browsers
-        pending.browsers = tuple(rest)
+    def _let_browsers_go(self, name: str, pending: Pending) -> None:
+        """Answer the browsers that have waited long enough for the outcome."""
+        now, browsers = self._clock.now(), pending.browsers
+        pending.browsers = tuple((until, answer) for until, answer in browsers if until > now)
         self._rescheduled()
-        answer(page(200, "pizauth processing authentication: you can safely close this page."))
+        for _, answer in browsers[: len(browsers) - len(pending.browsers)]:
+            answer(page(200, "pizauth processing authentication: you can safely close this page."))
 
     def _exchange(self, name: str, pending: Pending) -> None:
         """Post the code (RFC 6749 4.1.3), for the first time or again."""

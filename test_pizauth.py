@@ -4,6 +4,7 @@
 
     python3 test_pizauth.py                 the tests (unittest's options and names may follow)
     python3 test_pizauth.py demo [--stay]   the main job before your eyes, with its own provider
+    python3 test_pizauth.py soak SECONDS    random histories, held against a model of the rules
     python3 test_pizauth.py bench           what things cost, beside yardsticks of the same run
 
 All but the last two classes run without a socket or with a socket pair, by a clock that only
@@ -21,6 +22,7 @@ import importlib.util
 import io
 import json
 import os
+import random
 import re
 import secrets
 import shutil
@@ -2292,6 +2294,317 @@ ORIGINAL_DUMPS = [
 ]
 
 
+# ---- Random histories, held against a model ----
+
+
+class Model:
+    """What the rules say of two accounts, in a tenth of the code: only what a client can see.
+
+    `accounts` maps a name to None (Empty), "pending", or what is known of its token.
+    """
+
+    def __init__(self):
+        self.accounts = {"x": None, "y": None}
+        self.identity = {"x": 0, "y": 0}  # changes with every security-relevant reload
+        self.events = []
+        self.told = 0
+
+    def change(self, name, state, event=None):
+        self.accounts[name] = state
+        if event:
+            self.events.append((name, event))
+
+
+class History:
+    """One random history: its steps are triples of numbers, any of which can be left out."""
+
+    OPTIONS = ('token_event_cmd = "t"; auth_notify_cmd = "a"; transient_error_if_cmd = "i";'
+               ' error_notify_cmd = "e"; refresh_retry = 7s;')
+
+    def __init__(self):
+        self.model, self.counter = Model(), 0
+        self.world = World(self.text())
+        self.live = {"x": None, "y": None}  # the account's post that nobody has answered
+        self.started = {"x": -9, "y": -9}  # when its last request was sent
+        self.dead, self.states, self.dumps = [], [], []
+
+    def text(self):
+        secrets_ = self.model.identity.items()
+        return "".join(account(n, f'client_secret = "{n}{i}";') for n, i in secrets_) + self.OPTIONS
+
+    def run(self, steps):
+        """Take each step and check every invariant after it. Raises AssertionError."""
+        acts = (self.show, self.show, self.refresh, self.revoke, self.visit, self.visit, self.visit,
+                self.provider, self.provider, self.provider, self.provider, self.late, self.command,
+                self.command, self.wait, self.wait, self.reload, self.dump, self.restore)
+        for kind, a, b in steps:
+            acts[kind % len(acts)]("xy"[a % 2], b)
+            self.settle()
+            self.check()
+
+    # What may happen. `name` is the account, `b` chooses among the ways.
+
+    def show(self, name, b):
+        token, reply = self.expired(name), self.world.show(name)
+        if isinstance(token, dict) and self.now() < token["expires"]:
+            assert reply == f"access_token:{token['token']}", (reply, token)
+        elif isinstance(token, dict):
+            assert reply.startswith("error:Access token has expired. Refreshing"), reply
+        else:
+            self.model.accounts[name] = "pending"
+            assert reply.startswith("pending:http"), reply
+            self.states.append((name, query_of(reply.partition(":")[2])["state"]))
+
+    def refresh(self, name, b):
+        token, reply = self.expired(name), self.world.refresh(name)
+        if isinstance(token, dict) and token["refresh"]:
+            assert reply == "scheduled:", reply
+        elif isinstance(token, dict):
+            assert "has no refresh token" in reply, reply
+        else:
+            self.bury(name)
+            self.model.accounts[name] = "pending"
+            assert reply.startswith("pending:http"), reply
+            self.states.append((name, query_of(reply.partition(":")[2])["state"]))
+
+    def revoke(self, name, b):
+        assert self.world.ask(f"revoke:{name}") == "ok:"
+        self.bury(name)
+        self.model.change(name, None, "token_revoked")
+
+    def visit(self, name, b):
+        """A redirect: the account's own, an old one or a forged one; a code, another, an error."""
+        own = [state for owner, state in self.states if owner == name][-1:] or ["none"]
+        state = (own[0], own[0], own[0], "forged", (self.states or [("", "old")])[0][1])[b % 5]
+        more = ("&code=c", "&code=d", "&code=e", "&error=access_denied", "")[b // 5 % 5]
+        owner = {state: owner for owner, state in self.states}.get(state, name)
+        pending = self.current_state(owner) == state and self.model.accounts[owner] == "pending"
+        exchanging = pending and self.world.auth._tokens[owner].form is not None
+        self.world.visit(f"/?state={state}{more}")
+        if pending and not exchanging and more.startswith("&error"):
+            self.model.change(owner, None)
+
+    def provider(self, name, b):
+        """The provider answers what the account has asked, in one of many ways."""
+        post, self.live[name] = self.live[name], None
+        if post is None:
+            return
+        code = post.form["grant_type"] == "authorization_code"
+        before = self.model.accounts[name]
+        self.counter += 1
+        token = f"at{self.counter}"
+        fresh = (f"rt{self.counter}", None, f"rt{self.counter}", "")[b // 16 % 4]
+        life = (3600, 5, 0.5, None, 86400)[b // 64 % 5]
+        tried = self.world.auth._tokens[name].tries if code else 0
+        ways = (*[lambda: post.grant(token, fresh, life)] * 8,
+                lambda: post.answer(503, b""), lambda: post.answer(429, b"", retry_after=90),
+                post.fail, lambda: post.answer(200, b"<html>"), lambda: post.answer(404, b""),
+                lambda: post.answer(400, error="invalid_grant"),
+                lambda: post.answer(400, error="slow_down"),
+                lambda: post.answer(200, access_token="a b"))
+        way = b % 16
+        ways[way]()
+        if way < 8:
+            refresh = fresh or (None if code else before["refresh"])
+            expires = self.now() + (life or 5400)
+            state = {"token": token, "refresh": refresh, "expires": expires,
+                     "obtained": self.now()}
+            self.model.change(name, self.scheduled(state),
+                              "token_new" if code else "token_refreshed")
+        elif code and (way > 10 or tried >= 10):
+            self.model.change(name, None)
+        elif not code and way == 13:
+            self.model.change(name, None, "token_invalidated")
+        elif not code:
+            before["due"] = self.now() + (90 if way == 9 else 7)
+
+    def late(self, name, b):
+        """An outcome of a request that nobody waits for any more."""
+        if self.dead:
+            post = self.dead[-1]
+            (post.grant, post.fail, lambda: post.answer(400, error="invalid_grant"))[b % 3]()
+
+    def command(self, name, b):
+        """A shell command ends."""
+        for command in self.world.commands[:1]:
+            self.world.commands.remove(command)
+            status = (0, 0, 1, None, 126, 0)[b % 6]
+            cancelled = command.cancelled
+            command.end(status)
+            owner = command.variables["PIZAUTH_ACCOUNT"]
+            if command.command == "i" and not cancelled and status in (1, None):
+                self.model.change(owner, None, "token_invalidated")
+
+    def wait(self, name, b):
+        """Time passes, or jumps as after a suspension; the wall's clock may be set."""
+        seconds = (0.3, 1, 7, 40, 600, 3000, 90_000)[b % 7]
+        if b // 7 % 3:
+            end = self.now() + seconds
+            while (due := self.world.auth.deadline()) is not None and due <= end:
+                self.world.clock.moment = max(due, self.now())
+                self.settle()
+            self.world.clock.moment = end
+        else:
+            self.world.clock.advance(seconds)
+        if b // 21 % 8 == 0:
+            self.world.clock.offset += (-86400, 3600, 366 * 86400)[b % 3]
+
+    def reload(self, name, b):
+        """A reload: nothing new, other times, or another secret for one account."""
+        self.model.identity[name] += b % 3 == 0
+        self.world.reload(self.text())
+        if b % 3 == 0:
+            self.bury(name)
+            self.model.change(name, None)
+
+    def dump(self, name, b):
+        offset = self.world.clock.offset
+        states = {n: dict(t, obtained=t["obtained"] + offset, expires=t["expires"] + offset)
+                  for n, t in self.model.accounts.items() if isinstance(t, dict)}
+        self.dumps.append((self.world.dump(), dict(self.model.identity), states))
+
+    def restore(self, name, b):
+        for sealed, identity, states in self.dumps[b % 3 :][:1]:
+            assert self.world.restore(sealed) == "ok:"
+            for owner, token in states.items():
+                known = identity[owner] == self.model.identity[owner]
+                if known and not isinstance(self.model.accounts[owner], dict):
+                    self.bury(owner)
+                    self.model.change(owner, self.revived(token))
+        if b % 5 == 0:
+            assert self.world.restore(b"junk" * 9).startswith("error:")
+
+    def revived(self, token):
+        wall = self.world.clock.wall()
+        life = token["expires"] - token["obtained"]
+        left = min(token["expires"] - wall, life) if token["obtained"] <= wall else 0
+        return self.scheduled(
+            {**token, "expires": self.now() + left, "obtained": self.now() + left - life})
+
+    def scheduled(self, token):
+        """A token with the moment at which it is to be refreshed."""
+        obtained, expires = token["obtained"], token["expires"]
+        early = max(expires - 90, obtained + min(10, (expires - obtained) / 2))
+        return {**token, "due": min(obtained + 5400, early)}
+
+    # Bookkeeping, and what must hold after every step.
+
+    def now(self):
+        return self.world.clock.now()
+
+    def current_state(self, name):
+        return next((state for owner, state in reversed(self.states) if owner == name), None)
+
+    def bury(self, name):
+        """What was in flight for the account is of no interest any more."""
+        for command in self.world.commands:
+            if command.command == "i" and command.variables["PIZAUTH_ACCOUNT"] == name:
+                assert command.cancelled
+        if self.live[name]:
+            assert self.live[name].cancelled
+            self.dead.append(self.live[name])
+            self.live[name] = None
+
+    def expired(self, name):
+        """The account's state now, after what its expiry may have done."""
+        token = self.model.accounts[name]
+        if isinstance(token, dict) and not token["refresh"] and token["expires"] <= self.now():
+            self.model.change(name, None, "token_invalidated")
+        return self.model.accounts[name]
+
+    def settle(self):
+        """What the loop would do now: run what is due, and take up what was asked of it."""
+        for name in self.model.accounts:
+            self.expired(name)
+        self.world.auth.run_due()
+        for post in self.world.posts:
+            owner = post.form["client_secret"][0]
+            assert self.live[owner] is None, "two requests in flight for one account"
+            assert post.form["client_secret"] == f"{owner}{self.model.identity[owner]}"
+            self.live[owner], self.started[owner] = post, self.now()
+        self.world.posts.clear()
+
+    def check(self):
+        world, model, now = self.world, self.model, self.now()
+        world.auth.run_due()
+        deadline = world.auth.deadline()
+        assert deadline is None or deadline > now, "something is due, and nothing was done"
+        moments = [moment for moment, *_ in world.auth._appointments()]
+        assert deadline == min(moments, default=None), "the deadline lies"
+        lines = dict(line.split(": ", 1) for line in world.status()[3:].split("\n"))
+        for name, token in model.accounts.items():
+            text = ("No access token" if token is None else
+                    "Access token pending" if token == "pending" else
+                    "Active access token" if now < token["expires"] else "Access token expired")
+            assert lines[name].startswith(text), (name, lines[name], token)
+            judged = [c for c in world.commands if c.command == "i" and not c.cancelled
+                      and c.variables["PIZAUTH_ACCOUNT"] == name]
+            if self.live[name] is not None:
+                assert not self.live[name].cancelled
+            elif isinstance(token, dict) and token["refresh"] and not judged:
+                assert now < max(token["due"], self.started[name] + 1), "a refresh is overdue"
+        told = [command for command in world.commands if command.command == "t"]
+        assert len(told) <= 1, "two events are told at once"
+        for command in told:
+            if not hasattr(command, "counted"):
+                command.counted = True
+                event = command.variables["PIZAUTH_ACCOUNT"], command.variables["PIZAUTH_EVENT"]
+                assert event == model.events[model.told], (event, model.events[model.told :])
+                model.told += 1
+        assert told or model.told == len(model.events), "an event was lost"
+
+
+def random_steps(seed, length):
+    generator = random.Random(seed)
+    return [(generator.randrange(1000), generator.randrange(2), generator.randrange(10_000))
+            for _ in range(length)]
+
+
+def failure(steps):
+    """What goes wrong in a history; None if nothing does."""
+    try:
+        History().run(steps)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def shrunk(steps):
+    """A shorter history that goes wrong, too."""
+    size = len(steps) // 2
+    while size:
+        at = 0
+        while at < len(steps):
+            shorter = steps[:at] + steps[at + size :]
+            steps, at = (shorter, at) if failure(shorter) else (steps, at + size)
+        size //= 2
+    return steps
+
+
+def soak(seconds, length=200, seeds=None):
+    """Random histories for so long; the exit status. A failure is printed with its seed, shrunk."""
+    end, done = time.monotonic() + seconds, 0
+    for seed in seeds or iter(lambda: random.randrange(1 << 48), None):
+        if time.monotonic() > end:
+            break
+        steps = random_steps(seed, length)
+        if failure(steps):
+            steps = shrunk(steps)
+            print(f"seed {seed}: {failure(steps)}\n  History().run({steps})")
+            return 1
+        done += 1
+    print(f"{done} histories of {length} steps")
+    return 0
+
+
+class SoakTest(unittest.TestCase):
+    def test_fixed_and_fresh_histories(self):
+        for seed in (*range(40), *(random.randrange(1 << 48) for _ in range(40))):
+            steps = random_steps(seed, 200)
+            with self.subTest(seed=seed):
+                self.assertIsNone(failure(steps))
+
+
 # ---- Loop: connections and children ----
 
 
@@ -4328,6 +4641,8 @@ def load_tests(loader, tests, pattern):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["soak"] and len(sys.argv) == 3:
+        raise SystemExit(soak(float(sys.argv[2])))
     if sys.argv[1:] == ["bench"]:
         raise SystemExit(Bench().run())
     if sys.argv[1:] in (["demo"], ["demo", "--stay"]):
