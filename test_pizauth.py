@@ -5,6 +5,7 @@
     python3 test_pizauth.py                 the tests (unittest's options and names may follow)
     python3 test_pizauth.py demo [--stay]   the main job before your eyes, with its own provider
     python3 test_pizauth.py soak SECONDS    random histories, held against a model of the rules
+    python3 test_pizauth.py fuzz SECONDS    mutations of good input, so long for each parser
     python3 test_pizauth.py bench           what things cost, beside yardsticks of the same run
 
 All but the last two classes run without a socket or with a socket pair, by a clock that only
@@ -36,6 +37,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import unittest
 import unittest.mock
@@ -2605,6 +2607,139 @@ class SoakTest(unittest.TestCase):
                 self.assertIsNone(failure(steps))
 
 
+# ---- Fuzzing: bytes from outside, near those that are good ----
+
+
+def fuzz_config(data):
+    with contextlib.suppress(pizauth.ConfigError):
+        pizauth.parse(pizauth.decode_config(data))
+
+
+def fuzz_head(data):
+    """The head whole and in pieces, and the redirect that it may be."""
+    with contextlib.suppress(pizauth.BadRequest):
+        for end in (*range(0, len(data), 1 + len(data) // 8), len(data)):
+            pizauth.http_head(bytearray(data[:end]), False)
+        head = pizauth.http_head(bytearray(data), True)
+        if head is not None:
+            pizauth.redirect_matches("http://localhost:8080/?a=b", "http", head)
+            world = World()
+            world.show()
+            assert len(world.visit(head.target, host=head.host)) == 1
+
+
+def fuzz_answer(data):
+    """What a token endpoint sends, for a code and for a refresh; what is told of it is harmless."""
+    form = {"refresh_token": "rt1", "client_secret": "hush"}
+    for status in (200, 400, 503):
+        try:
+            got = pizauth.token_response(pizauth.outcome_bytes(status, 0, True, data), form)
+        except pizauth.TokenError as error:
+            text = str(error)
+            assert len(text) <= 500 and text == pizauth.printable(text), text
+            assert "rt1" not in text and "hush" not in text, text
+        else:
+            assert re.fullmatch("[!-~]+", got.access_token), got.access_token
+            assert got.expires_in is None or 0 < got.expires_in <= pizauth.LIFE_LIMIT
+
+
+def fuzz_control(data):
+    world = World()
+    replies = []
+    with contextlib.suppress(pizauth.RequestError):
+        request = pizauth.until_eof(bytearray(data), True)
+        world.auth.control(request, replies.append)
+        assert len(replies) == (not world.auth.stopping), replies
+    world.status()
+
+
+def fuzz_dump(data):
+    """A dump's plaintext, sealed, restored into a world that has such an account."""
+    world = World()
+    for sealed in (data, pizauth.seal(bytes(12), data)):
+        reply = world.restore(sealed)
+        assert reply == "ok:" or reply.startswith("error:"), reply
+    world.wait(10)
+    world.status()
+
+
+CONFIG_SAMPLE = (
+    'auth_notify_cmd = "a \\"b\\" \\\\"; refresh_retry = 40s; // note\nhttp_listen = "127.0.0.1:0"; '
+    + account("wörk", 'scopes = ["a", "b"]; auth_uri_fields = {"k": "v"}; client_secret = "s";'
+              ' redirect_uri = "http://localhost:1/x?a=b";')).encode()
+TOKEN_SAMPLE = (b'{"access_token": "at", "token_type": "Bearer", "expires_in": 3600,'
+                b' "refresh_token": "rt", "error": "invalid_grant", "error_description": "not hush rt1"}')
+FUZZERS = {
+    "config": (fuzz_config, [CONFIG_SAMPLE]),
+    "head": (fuzz_head, [WireTest.GOOD, b"GET /?state=s&error=e&error_description=d HTTP/1.0\n"
+                         b"Host: localhost:8080\nContent-Length: 0\n\n"]),
+    "answer": (fuzz_answer, [TOKEN_SAMPLE, TOKEN_SAMPLE.replace(b'"error": "invalid_grant",', b""),
+                             b"access_token=at&expires_in=3600&refresh_token=rt", b'{"error": 5}']),
+    "control": (fuzz_control, [b"showtoken:withurl x", b"refresh:withouturl x", b"revoke:x",
+                               b"status:", b"info:", b"dump:", b"restore:" + bytes(40)]),
+    "dump": (fuzz_dump, [pizauth.unseal(World.dump(World.authorised()))]),
+}
+
+
+def mutated(sample, generator):
+    """The sample with a few bytes changed, inserted, removed, repeated or moved."""
+    data = bytearray(sample)
+    for _ in range(generator.choice((1, 1, 2, 4, 16))):
+        at, size = generator.randrange(len(data) + 1), generator.choice((1, 1, 2, 8, 40))
+        piece = data[at : at + size]
+        new = generator.choice((
+            b"", piece * generator.choice((2, 9, 200)), generator.choice(INTERESTING), piece[::-1],
+            bytes(generator.randrange(256) for _ in piece),
+            data[generator.randrange(len(data) + 1) :][:size]))
+        data[at : at + size] = new
+    return bytes(data[:200_000])
+
+
+INTERESTING = (
+    b"\0", b"\r\n", b"\n\n", b'"', b"\\", b"{", b"[", b"]", b"}", b":", b";", b"//", b"%00", b"\xff", b"&",
+    b"=", b"&state=", b" ", b"\t", b"\xed\xa0\x80", "\u202e\x1b[2J".encode(), b"9" * 5000, b"[" * 5000,
+    b"e999", b"NaN", b"\x00\x00\x00\x00\x00\x00\x00\x80")
+
+
+def fuzz(seconds, names=FUZZERS, generator=random):
+    """Each parser for so long; the exit status. What is not allowed is printed with its input."""
+    for name in names:
+        run, samples = FUZZERS[name]
+        end, done, slowest = time.monotonic() + seconds, 0, (0.0, b"")
+        while time.monotonic() < end or done < 50:
+            data = mutated(generator.choice(samples), generator)
+            start = time.perf_counter()
+            try:
+                run(data)
+            except Exception:
+                print(f"{name}: {data!r}\n{traceback.format_exc()}")
+                return 1
+            slowest = max(slowest, (time.perf_counter() - start, data))
+            done += 1
+        print(f"{name}: {done} inputs, the slowest took {slowest[0] * 1000:.0f} ms"
+              f" ({len(slowest[1])} bytes)", flush=True)
+    return 0
+
+
+class FuzzTest(unittest.TestCase):
+    def test_a_second_of_mutations_of_each(self):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            status = fuzz(0.4)
+        self.assertEqual(status, 0, printed.getvalue())
+
+    def test_the_samples_are_good(self):
+        """Or mutations of them would be far from what is good."""
+        pizauth.parse(pizauth.decode_config(CONFIG_SAMPLE))
+        for sample in FUZZERS["head"][1]:
+            self.assertIsNotNone(pizauth.http_head(bytearray(sample), True))
+        for sample in FUZZERS["answer"][1][1:3]:
+            good = pizauth.outcome_bytes(200, 0, True, sample)
+            self.assertEqual(pizauth.token_response(good, {}).access_token, "at")
+        world = World()
+        self.assertEqual(world.restore(pizauth.seal(bytes(12), FUZZERS["dump"][1][0])), "ok:")
+        self.assertEqual(world.show(), "access_token:at1")
+
+
 # ---- Loop: connections and children ----
 
 
@@ -4643,6 +4778,8 @@ def load_tests(loader, tests, pattern):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["soak"] and len(sys.argv) == 3:
         raise SystemExit(soak(float(sys.argv[2])))
+    if sys.argv[1:2] == ["fuzz"] and len(sys.argv) > 2:
+        raise SystemExit(fuzz(float(sys.argv[2]), sys.argv[3:] or FUZZERS))
     if sys.argv[1:] == ["bench"]:
         raise SystemExit(Bench().run())
     if sys.argv[1:] in (["demo"], ["demo", "--stay"]):
