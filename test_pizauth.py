@@ -2664,11 +2664,13 @@ def fuzz_dump(data):
 
 
 CONFIG_SAMPLE = (
-    'auth_notify_cmd = "a \\"b\\" \\\\"; refresh_retry = 40s; // note\nhttp_listen = "127.0.0.1:0"; '
+    'auth_notify_cmd = "a \\"b\\" \\\\"; refresh_retry = 40s; // note\n'
+    'http_listen = "127.0.0.1:0"; '
     + account("wörk", 'scopes = ["a", "b"]; auth_uri_fields = {"k": "v"}; client_secret = "s";'
               ' redirect_uri = "http://localhost:1/x?a=b";')).encode()
-TOKEN_SAMPLE = (b'{"access_token": "at", "token_type": "Bearer", "expires_in": 3600,'
-                b' "refresh_token": "rt", "error": "invalid_grant", "error_description": "not hush rt1"}')
+TOKEN_SAMPLE = (
+    b'{"access_token": "at", "token_type": "Bearer", "expires_in": 3600, "refresh_token": "rt",'
+    b' "error": "invalid_grant", "error_description": "not hush rt1"}')
 FUZZERS = {
     "config": (fuzz_config, [CONFIG_SAMPLE]),
     "head": (fuzz_head, [WireTest.GOOD, b"GET /?state=s&error=e&error_description=d HTTP/1.0\n"
@@ -2696,9 +2698,9 @@ def mutated(sample, generator):
 
 
 INTERESTING = (
-    b"\0", b"\r\n", b"\n\n", b'"', b"\\", b"{", b"[", b"]", b"}", b":", b";", b"//", b"%00", b"\xff", b"&",
-    b"=", b"&state=", b" ", b"\t", b"\xed\xa0\x80", "\u202e\x1b[2J".encode(), b"9" * 5000, b"[" * 5000,
-    b"e999", b"NaN", b"\x00\x00\x00\x00\x00\x00\x00\x80")
+    b"\0", b"\r\n", b"\n\n", b'"', b"\\", b"{", b"[", b"]", b"}", b":", b";", b"//", b"%00", b"\xff",
+    b"&", b"=", b"&state=", b" ", b"\t", b"\xed\xa0\x80", "\u202e\x1b[2J".encode(), b"9" * 5000,
+    b"[" * 5000, b"e999", b"NaN", b"\x00\x00\x00\x00\x00\x00\x00\x80")
 
 
 def fuzz(seconds, names=FUZZERS, generator=random):
