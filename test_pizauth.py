@@ -2698,9 +2698,9 @@ def mutated(sample, generator):
 
 
 INTERESTING = (
-    b"\0", b"\r\n", b"\n\n", b'"', b"\\", b"{", b"[", b"]", b"}", b":", b";", b"//", b"%00", b"\xff",
-    b"&", b"=", b"&state=", b" ", b"\t", b"\xed\xa0\x80", "\u202e\x1b[2J".encode(), b"9" * 5000,
-    b"[" * 5000, b"e999", b"NaN", b"\x00\x00\x00\x00\x00\x00\x00\x80")
+    b"\0", b"\r\n", b"\n\n", b'"', b"\\", b"{", b"[", b"]", b"}", b":", b";", b"//", b"%00",
+    b"\xff", b"&", b"=", b"&state=", b" ", b"\t", b"\xed\xa0\x80", "\u202e\x1b[2J".encode(),
+    b"9" * 5000, b"[" * 5000, b"e999", b"NaN", b"\x00\x00\x00\x00\x00\x00\x00\x80")
 
 
 def fuzz(seconds, names=FUZZERS, generator=random):
