@@ -2544,10 +2544,10 @@ def take_lock(directory: str) -> int:
         try:
             probe.settimeout(1)  # one that is too busy to take us runs all the same
             probe.connect(os.path.join(directory, SOCKET_NAME))
-        except (ConnectionRefusedError, FileNotFoundError):
-            return lock  # nobody answers: no socket, or one that a killed server left behind
-        except OSError:
+        except (BlockingIOError, socket.timeout):
             pass
+        except OSError:
+            return lock  # nobody answers: no socket, or one that a killed server left behind
     raise PizauthError("pizauth authenticator already running")
 
 
@@ -2585,7 +2585,7 @@ def bind_redirect(option: str, addresses: tuple[tuple[str, int], ...]) -> list[s
             sockets = [bind_inet(host, port)]
         except (OSError, UnicodeError) as error:
             raise PizauthError(f"Cannot listen on {option} \"{host}:{port}\":"
-                               f" {getattr(error, 'strerror', None) or error}") from None
+                               f" {getattr(error, 'strerror', None) or error}") from error
         try:
             return sockets + [bind_inet(other, sockets[0].getsockname()[1]) for other, _ in others]
         except OSError as error:
@@ -2628,6 +2628,7 @@ class Server:
         self.config = load_config(path)
         self.context: ssl.SSLContext | None = None
         self.about_https: Fields = {}
+        self.https_missing = False  # is `cryptography` not there?
         if self.config.https_listen:
             self.set_up_https(self.config, minting)
         self.redirects: dict[str, list[Listener]] = {"http": [], "https": []}
@@ -2659,6 +2660,7 @@ class Server:
             self.context = tls_context(about.pop("pem"), self.directory)
             self.about_https = about
         else:
+            self.https_missing = True
             complain(f"WARNING - HTTPS is off: it {NEEDS}, or set https_listen = none")
 
     def bind_redirects(self, config: Config, before: Config | None) -> dict[str, list[Any]]:
@@ -2669,7 +2671,7 @@ class Server:
                       if addresses != getattr(before, f"{scheme}_listen")}
             for scheme, addresses in wanted.items():
                 self.check_reloadable(f"{scheme}_listen", addresses)
-        elif self.context is None:
+        if self.context is None and (before is None or self.https_missing):
             wanted["https"] = ()
         bound: dict[str, list[Any]] = {}
         try:
@@ -2679,13 +2681,14 @@ class Server:
         except PizauthError as error:
             for sock in sum(bound.values(), []):
                 sock.close()
-            hint = " (if that is its own, restart the server)" if before is not None else ""
-            raise PizauthError(f"{error}{hint}") from None
+            in_use = getattr(error.__cause__, "errno", None) == errno.EADDRINUSE
+            hint = " (if by this server's own listener, restart it)"
+            raise PizauthError(f"{error}{hint if before and in_use else ''}") from None
         return bound
 
     def check_reloadable(self, option: str, addresses: tuple[tuple[str, int], ...]) -> None:
         """Raise PizauthError for a change of listeners that only a restart can make."""
-        if addresses and option == "https_listen" and self.context is None:
+        if addresses and option == "https_listen" and not self.context and not self.https_missing:
             raise PizauthError("HTTPS was off when the server started: restart it to turn it on")
         for host, _ in addresses:
             if not re.fullmatch(r"[0-9.]+|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*", host):
@@ -2716,8 +2719,9 @@ class Server:
             before, config = self.authenticator.config, load_config(self.path)
             for name, account in config.accounts.items():
                 if self.context is None and split_uri(account.redirect_uri).scheme == "https":
-                    raise PizauthError(f"Account {name} has an 'https' redirect, but HTTPS was off"
-                                       " when the server started: restart it")
+                    why = f"which {NEEDS}, and restart" if self.https_missing else (
+                        "but HTTPS was off when the server started: restart it")
+                    raise PizauthError(f"Account {name} has an 'https' redirect, {why}")
             self.authenticator.reconfigure(config, self.adopt(self.bind_redirects(config, before)))
             self.log(INFO, f"Reloaded {self.path}")
         finally:

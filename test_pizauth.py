@@ -3676,7 +3676,7 @@ class CommandLineTest(unittest.TestCase):
                 socket.create_server(("127.0.0.1", 0)) as other:
             address = f"127.0.0.1:{other.getsockname()[1]}"
             with open(f"{directory}/pizauth.conf", "w", encoding="ascii") as file:
-                file.write(account() + f'http_listen = "{address}";')
+                file.write(account() + f'http_listen = "{address}"; https_listen = none;')
             self.fails(
                 self.run_in(directory, "server"),
                 f'Cannot listen on http_listen "{address}": Address already in use')
@@ -4606,7 +4606,10 @@ class Demo:
         self.daemon = Daemon(
             provider.account("work", "refresh_before_expiry = 3s; refresh_retry = 1s;"))
         os.mkdir(os.path.join(self.daemon.directory, "bin"))
-        os.symlink(PROGRAM, os.path.join(self.daemon.directory, "bin", "pizauth"))
+        launcher = os.path.join(self.daemon.directory, "bin", "pizauth")
+        with open(launcher, "w", encoding="utf-8") as file:
+            file.write(f'#!/bin/sh\nexec "{sys.executable}" "{PROGRAM}" "$@"\n')
+        os.chmod(launcher, 0o755)
 
     def say(self, text):
         print(f"\n# {text}", flush=True)
@@ -4645,12 +4648,13 @@ class Demo:
         self.say("The token lives 6 s. After 3 s, before it expires, pizauth replaces it:")
         until(lambda: self.daemon.show() != first, 8)
         second = self.type("show", "work")
+        self.provider.expires_in = 3600
+        until(lambda: self.daemon.show() != second, 8)
+        self.say("And again; the next token lives an hour:")
+        held = self.type("show", "work")
         self.say(
             "The provider goes down. Asked to refresh, pizauth fails, says so, and keeps both "
             "token and login:")
-        self.provider.expires_in = 3600
-        until(lambda: self.daemon.show() != second, 8)
-        held = self.daemon.show()
         port = self.provider.server.server_port
         self.provider.close()
         self.type("refresh", "work")
@@ -4692,6 +4696,8 @@ class Demo:
 
 def demonstrate(stay):
     """Run the demonstration; the exit status."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))  # by way of the `finally` below
     demo = Demo(Provider())
     fine = False
     try:
@@ -4789,4 +4795,6 @@ if __name__ == "__main__":
             raise SystemExit(demonstrate("--stay" in sys.argv))
         except (KeyboardInterrupt, BrokenPipeError):  # the reader has seen enough
             os._exit(1)
+    if sys.argv[1:2] and not sys.argv[1].startswith("-") and "Test" not in sys.argv[1]:
+        raise SystemExit(__doc__)
     unittest.main()
