@@ -4296,6 +4296,23 @@ class EndToEndTest(unittest.TestCase):
         status, _ = self.posted("http://provider.example/token", {"http_proxy": self.provider.url})
         self.assertEqual((status, len(self.provider.posts)), (401, 1))
 
+    @unittest.skipUnless(importlib.util.find_spec("cryptography"), "cryptography is not installed")
+    def test_certificates_of_token_endpoints_are_verified(self):
+        with tempfile.TemporaryDirectory(prefix="piz") as directory:
+            pem = minted()["pem"]
+            context = pizauth.tls_context(pem, directory)
+            server = self.provider.server
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+            uri = f"https://localhost:{server.server_port}/token"
+            status, rest = self.posted(uri)
+            self.assertEqual(status, 0)
+            self.assertIn(b"CERTIFICATE_VERIFY_FAILED", rest)
+            self.assertEqual(self.provider.posts, [])
+            with open(f"{directory}/ca.pem", "w", encoding="ascii") as file:
+                file.write(pem[pem.index("-----BEGIN CERT") :])
+            status, _ = self.posted(uri, {"SSL_CERT_FILE": f"{directory}/ca.pem"})
+            self.assertEqual((status, len(self.provider.posts)), (401, 1))
+
     def test_odd_but_whole_answers_are_taken_and_short_ones_are_not(self):
         self.provider.broken = True
         for fault, status, whole in (("chunked", 200, b"1"), ("until-eof", 200, b"0"),
