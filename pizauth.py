@@ -1899,7 +1899,7 @@ class Exchange:
     def ready(self, _events: int = 0) -> None:
         """Go on as far as the socket lets us; what goes wrong ends this exchange alone."""
         try:
-            if self.outgoing:
+            if self.outgoing or self.state == "writing":
                 self._write()
             elif self.state != "closed":
                 self._read()
