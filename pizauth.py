@@ -93,6 +93,7 @@ LIFE_LIMIT = 10 * 365 * 86400  # What expires_in is beyond belief?
 CONNECTION_TIMEOUT = 10  # How long may a client take to send a request, and then to read the reply?
 LONGEST_SLEEP = 37  # How late may we notice that the machine slept? (poll does not count that time)
 ERROR_LIMIT = 60  # How long may error_notify_cmd run?
+EVENT_RETRY = 1  # How long until an event is told again for which there was no process?
 EVENT_LIMIT = 10  # And token_event_cmd, which holds up the next event?
 VERDICT_LIMIT = 180  # And transient_error_if_cmd, which holds up the next refresh?
 FOR_EVER = float("inf")
@@ -1065,13 +1066,6 @@ class DumpReader:
     def optional(self) -> str | None:
         return self.string() if self.choice(1) else None
 
-    def count(self) -> int:
-        """How many items follow, each of which takes eight bytes at least."""
-        number = self.number()
-        if number > (len(self.data) - self.at) // 8:
-            raise RequestError("This dump ends too soon")
-        return number
-
     def time(self) -> float:
         return self.number() + self.number(4) / 1e9
 
@@ -1082,8 +1076,8 @@ class DumpReader:
         if form == "str | None":
             return self.optional()
         if form == "tuple[str, ...]":
-            return tuple(self.string() for _ in range(self.count()))
-        return tuple((self.string(), self.string()) for _ in range(self.count()))
+            return tuple(self.string() for _ in range(self.number()))
+        return tuple((self.string(), self.string()) for _ in range(self.number()))
 
     def state(self) -> Dumped | None:
         if not self.choice(4):
@@ -1097,7 +1091,7 @@ def read_dump(plaintext: bytes) -> dict[str, tuple[dict[str, Any], Dumped | None
     if reader.number() != DUMP_VERSION:
         raise RequestError("This dump is of a version that is not known here")
     accounts = {}
-    for _ in range(reader.count()):
+    for _ in range(reader.number()):
         name = reader.string()
         forms = {field: Account.__annotations__[field] for field in Account.security_fields()}
         options = {field: reader.field(form) for field, form in forms.items()}
@@ -1172,6 +1166,9 @@ def unseal(dump: bytes) -> bytes:
 
 
 SUPERSEDED = "This authorization request is void: there is a newer one, or the account has changed."
+# What transient_error_if_cmd may end with that does not end the login: yes, go on; the shell could
+# not start it; or somebody stopped it together with us (SIGHUP, SIGINT, SIGTERM).
+NO_VERDICT = (0, 126, 127, -1, -2, -15)
 NO_REFRESH_TOKEN = (
     "the provider gave no refresh token, so this account must be authorised again when its access"
     " token expires; what usually helps is the scope offline_access, or prompt=consent in"
@@ -1199,6 +1196,7 @@ class Authenticator:
         self._tokens: dict[str, Pending | Active | None] = dict.fromkeys(config.accounts)
         self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
         self._events: list[tuple[str, str]] = []  # to be told; the first is being told
+        self._event_due: float | None = None  # when the first is told again, if it could not be
         self._notifiers: dict[str, Cancel] = {}  # each account's last auth_notify_cmd
         self._deadline: float | None = None
         self._deadline_known = False
@@ -1223,8 +1221,11 @@ class Authenticator:
                 act(name, token)
         self._rescheduled()
 
-    def _appointments(self) -> Iterator[tuple[float, Callable[..., None], str, Pending | Active]]:
+    def _appointments(self) -> Iterator[tuple[float, Callable[..., None], str, Any]]:
         """All that is scheduled: when, what, and for which token."""
+        if self._event_due is not None:
+            name = self._events[0][0]
+            yield self._event_due, self._tell_next_event, name, self._tokens.get(name)
         for name, token in self._tokens.items():
             if isinstance(token, Pending):
                 yield token.remind_at, self._remind, name, token
@@ -1386,11 +1387,12 @@ class Authenticator:
             return  # revoked, reloaded or restored while it ran
         token.cancel = None
         self._rescheduled()
-        if status not in (0, 126, 127) and not reason:
-            message = f"Refreshing {name} failed for good, says transient_error_if_cmd"
-            self._replace(name, None, "token_invalidated", message)
-            self._failed(name, message, INFO)
-            self._log(ERROR, message)
+        if status in NO_VERDICT or reason or self.stopping:
+            return
+        message = f"Refreshing {name} failed for good, says transient_error_if_cmd"
+        self._replace(name, None, "token_invalidated", message)
+        self._errors[name] = (self._clock.now(), printable(message))
+        self._log(ERROR, message)
 
     def _expire(self, name: str, token: Active) -> None:
         """An access token without a refresh token has reached the end of its life."""
@@ -1421,7 +1423,7 @@ class Authenticator:
         def ended(status: int | None, output: bytes) -> None:
             if status != 0 or output:
                 how = f"killed after {limit} s" if status is None else f"ended with status {status}"
-                self._log(ERROR, f"{option} for {name}: {output.decode() or how}")
+                self._log(ERROR, f"{option} for {name}: {output.decode('utf-8', 'replace') or how}")
             then(status, output)
 
         environment = {"PIZAUTH_ACCOUNT": name, **variables}
@@ -1434,12 +1436,17 @@ class Authenticator:
             if len(self._events) == 1:
                 self._tell_next_event()
 
-    def _tell_next_event(self) -> None:
+    def _tell_next_event(self, *_: object) -> None:
+        self._event_due = None
         name, event = self._events[0]
         variables = {"PIZAUTH_EVENT": event}
         self._command("token_event_cmd", name, variables, EVENT_LIMIT, self._event_told)
 
     def _event_told(self, status: int | None, output: bytes) -> None:
+        self._event_due = self._clock.now() + EVENT_RETRY if status is None and output else None
+        self._rescheduled()
+        if self._event_due is not None:
+            return  # there was no process to be had, and the dump that it makes may matter
         del self._events[0]
         if self.config.token_event_cmd is None:  # since a reload
             self._events.clear()
@@ -1631,6 +1638,8 @@ class Authenticator:
             after = config.accounts.get(name)
             if after is None or after.security() != account.security():
                 self._errors.pop(name, None)
+                if after is None and name in self._notifiers:
+                    self._notifiers.pop(name)()  # there will be no next one to end it
                 self._replace(name, None, None, SUPERSEDED)
         self._tokens = {name: self._tokens.get(name) for name in config.accounts}
         self._rescheduled()
@@ -1705,18 +1714,20 @@ def run_child(work: Callable[[], bytes], pipe: int, limit: float) -> NoReturn:
 
 def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
     """Runs in a child, which becomes a shell: returns only if there is none, and then says so."""
-    os.setsid()  # a group of its own, to be killed as one, which the terminal's Ctrl-C spares
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_NOFILE,
-                       (descriptors, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     shell = os.environ.get("SHELL") or "/bin/sh"
-    variables = {name: value.replace("\0", "") for name, value in variables.items()}
     try:
+        os.setsid()  # a group of its own, to be killed as one, which the terminal's Ctrl-C spares
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE,
+                       signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        soft = descriptors if hard == resource.RLIM_INFINITY else min(descriptors, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        variables = {name: value.replace("\0", "") for name, value in variables.items()}
         os.execve(shell, [shell, "-c", command], {**os.environ, **variables})
-    except (OSError, ValueError) as error:
-        return f"cannot start {shell}: {error}".encode()
+    except Exception as error:  # whatever it is, it is not the command's verdict
+        return f"cannot start {shell}: {error}".encode("utf-8", "replace")
 
 
 def post_form(uri: str, form: dict[str, str]) -> bytes:
@@ -2494,10 +2505,13 @@ def config_path(given: str | None) -> str:
     return os.path.join(xdg or os.path.join(os.path.expanduser("~"), ".config"), "pizauth.conf")
 
 
-def load_config(path: str) -> Config:
+def load_config(path: str, reloading: bool = False) -> Config:
     """Read and parse a configuration file. Raises PizauthError with the path."""
     try:
-        with open(path, "rb") as file:
+        descriptor = os.open(path, os.O_RDONLY | (os.O_NONBLOCK if reloading else 0))
+        with open(descriptor, "rb") as file:
+            if reloading and not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise PizauthError(f"{path} is no file, and only a file can be read anew")
             data = file.read()
     except FileNotFoundError:
         raise PizauthError(f"No config file found at {path}") from None
@@ -2584,8 +2598,9 @@ def bind_redirect(option: str, addresses: tuple[tuple[str, int], ...]) -> list[s
         try:
             sockets = [bind_inet(host, port)]
         except (OSError, UnicodeError) as error:
-            raise PizauthError(f"Cannot listen on {option} \"{host}:{port}\":"
-                               f" {getattr(error, 'strerror', None) or error}") from error
+            reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+            raise PizauthError(
+                f"Cannot listen on {option} \"{host}:{port}\": {reason}") from error
         try:
             return sockets + [bind_inet(other, sockets[0].getsockname()[1]) for other, _ in others]
         except OSError as error:
@@ -2596,20 +2611,9 @@ def bind_redirect(option: str, addresses: tuple[tuple[str, int], ...]) -> list[s
 
 
 def bind_inet(host: str, port: int) -> socket.socket:
-    """A TCP socket that listens. Raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-        sock.listen(CONNECTIONS["browser"])
-    except OSError:
-        sock.close()
-        raise
-    return sock
+    """A TCP socket that listens on one family alone. Raises OSError or UnicodeError."""
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((host, port), family=family, backlog=CONNECTIONS["browser"])
 
 
 NEEDS = ("needs the Python package cryptography: install it, for instance as python3-cryptography"
@@ -2691,9 +2695,12 @@ class Server:
         if addresses and option == "https_listen" and not self.context and not self.https_missing:
             raise PizauthError("HTTPS was off when the server started: restart it to turn it on")
         for host, _ in addresses:
-            if not re.fullmatch(r"[0-9.]+|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*", host):
+            try:
+                socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
+            except OSError:
                 raise PizauthError(f"{option}: '{host}' is a name, and names are looked up only at"
-                                   " start: restart the server, or write a numeric address")
+                                   " start: restart the server, or write a numeric address"
+                                   ) from None
 
     def adopt(self, bound: dict[str, list[Any]]) -> dict[str, int | None]:
         """Listen on these sockets in place of the old ones; the ports of all listeners."""
@@ -2716,7 +2723,7 @@ class Server:
         """Read the configuration anew and take it, listeners and all, or nothing of it."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            before, config = self.authenticator.config, load_config(self.path)
+            before, config = self.authenticator.config, load_config(self.path, True)
             for name, account in config.accounts.items():
                 if self.context is None and split_uri(account.redirect_uri).scheme == "https":
                     why = f"which {NEEDS}, and restart" if self.https_missing else (
@@ -2730,9 +2737,9 @@ class Server:
     # The control socket.
 
     def listen_to_clients(self, sock: socket.socket) -> None:
-        """Serve the control socket; remember which one is ours."""
-        self.control = Listener(self.loop, sock, "control", self.control_exchange)
+        """Serve the control socket; remember which one is ours. Raises OSError if it is gone."""
         self.control_inode = os.lstat(self.control_path).st_ino
+        self.control = Listener(self.loop, sock, "control", self.control_exchange)
         self.control_checked = self.clock.now()
 
     def control_exchange(self, sock: socket.socket) -> Exchange:
@@ -2766,8 +2773,7 @@ class Server:
         """Serve until told to stop and leave nothing behind; ready() says that clients can come."""
         self.set_up_loop()
         self.loop.catch_signals()
-        os.ftruncate(self.lock, 0)
-        os.pwrite(self.lock, b"%d\n" % os.getpid(), 0)  # for who must kill a server that hangs
+        self.note_pid()
         config = self.config
         ready()
         self.log(INFO, f"Serving {len(config.accounts)} account(s) on {self.control_path}")
@@ -2778,6 +2784,14 @@ class Server:
                 config.startup_cmd, {}, STARTUP_PATIENCE, False, self.started, spared=True)
         self.loop.run(self.authenticator, self.each_pass)
         self.end()
+
+    def note_pid(self) -> None:
+        """Write our number into the lock file, for who must kill a server that hangs."""
+        try:
+            os.ftruncate(self.lock, 0)
+            os.pwrite(self.lock, b"%d\n" % os.getpid(), 0)
+        except OSError:
+            pass  # a full disk is no reason not to serve
 
     def started(self, status: int | None, output: bytes) -> None:
         """startup_cmd has ended, or has run long enough to be left to itself."""
@@ -2794,6 +2808,7 @@ class Server:
 
     def end(self) -> None:
         """Close sockets, release the lock, and last let go who waits, the `shutdown` client too."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, loop_signals())  # one more changes nothing
         self.log(INFO, "Stopping")
         self.loop.kill_children()
         for listener in [self.control, *self.redirects["http"], *self.redirects["https"]]:
@@ -2823,7 +2838,9 @@ def tls_context(pem: str, directory: str) -> ssl.SSLContext:
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    path = os.path.join(directory, f"certificate.{os.getpid()}")
+    path = os.path.join(directory, "certificate.pem")
+    if os.path.lexists(path):
+        os.unlink(path)  # one that a killed server left; we hold the lock
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         write_all(descriptor, pem.encode())
@@ -2839,11 +2856,12 @@ def notify(state: str) -> None:
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         address = "\0" + path[1:] if path.startswith("@") else path
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
-            try:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)
                 sock.sendto(state.encode(), address)
-            except OSError:
-                pass  # nobody listens
+        except OSError:
+            pass  # nobody listens
 
 
 def daemonise(server: Server) -> None:
@@ -3010,13 +3028,22 @@ def revoke(options: argparse.Namespace) -> None:
 
 def server(options: argparse.Namespace) -> None:
     """Run the daemon, in the foreground with -d, else in a child whose word is waited for."""
+    import signal
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it may be inherited as ignored
+    path = config_path(options.config)
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass  # a standard stream was closed, and our sockets must not take its number
-    os.closerange(3, DESCRIPTORS)  # what our starter left open is not ours to hold
+    given = path.rpartition("/")[2] if path.startswith("/dev/fd/") else ""  # -c <(decrypt ...)
+    spared = int(given) if given.isdecimal() else 3
+    os.closerange(3, spared)  # what our starter left open is not ours to hold
+    os.closerange(spared + 1, DESCRIPTORS)
     minting = start_minting()
     try:
         server_imports()
-        daemon = Server(config_path(options.config), min(options.verbose, TRACE), minting)
+        daemon = Server(path, min(options.verbose, TRACE), minting)
+    except OSError as error:
+        raise PizauthError(f"Cannot start the server: {error}") from None
     finally:
         pid, pipe = minting
         os.close(pipe)

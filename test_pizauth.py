@@ -318,7 +318,8 @@ class ProviderHandler(http.server.BaseHTTPRequestHandler):
         if url.path != "/token":
             provider.stray.append(self.path)
             return self.reply(404, {})
-        if provider.broken and form.get("grant_type") == "refresh_token" and fault:
+        if fault == ["silent-code"] or (
+                provider.broken and form.get("grant_type") == "refresh_token" and fault):
             return FAULTS[fault[0]](self, form)
         self.reply(*provider.token(form))
 
@@ -389,10 +390,11 @@ FAULTS = {
         OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b'20\r\n{"access_token": "cut"}'),
     "slow": lambda handler, form: handler.slow(form, 0.5),
     "late": lambda handler, form: handler.slow(form, 15),
+    "silent-code": lambda handler, form: handler.slow(form, 60),
     "silent": lambda handler, form: handler.server.provider.closing.wait(60),
 }
 SLOW_FAULTS = ("drip", "silent")
-BAD_FAULTS = tuple(fault for fault in FAULTS if fault not in ("slow", "late"))
+BAD_FAULTS = tuple(fault for fault in FAULTS if fault not in ("slow", "late", "silent-code"))
 FAULTS.update({
     "headers": lambda handler, form: handler.reply(200, dict(handler.headers)),
     "chunked": lambda handler, form: handler.raw(
@@ -1781,6 +1783,7 @@ class HooksTest(unittest.TestCase):
     def test_every_sixth_failure_in_a_row_asks_transient_error_if_cmd(self):
         for status, output, lost in ((0, b"", False), (1, b"", True), (None, b"", True),
                                      (126, b"", False), (127, b"", False), (-9, b"", True),
+                                     (-15, b"", False),
                                      (0, b"cannot start", False), (None, b"no fork", False)):
             with self.subTest(status=status, output=output):
                 world = self.world("transient_error_if_cmd", "token_event_cmd")
@@ -1804,6 +1807,32 @@ class HooksTest(unittest.TestCase):
                 self.assertEqual(events, ["token_invalidated"] if lost else [])
                 world.wait(40)
                 self.assertEqual(len(world.posts), not lost)
+
+    def test_an_event_for_which_no_process_was_to_be_had_is_told_again(self):
+        world = self.world("token_event_cmd")
+        world.authorise(expires_in=36000)
+        for _ in range(3):
+            world.commands.pop().end(None, b"cannot start another process")
+            self.assertTrue(world.auth.busy())
+            world.wait(0.9)
+            self.assertEqual(world.commands, [])
+            world.wait(0.2)
+        world.ask("revoke:x")
+        (command,) = world.commands
+        self.assertEqual(command.variables["PIZAUTH_EVENT"], "token_new")
+        world.commands.pop().end()
+        self.assertEqual(world.commands.pop().variables["PIZAUTH_EVENT"], "token_revoked")
+
+    def test_a_verdict_that_comes_while_all_ends_is_none(self):
+        world = self.world("transient_error_if_cmd")
+        world.authorise(expires_in=36000)
+        for _ in range(6):
+            world.refresh()
+            world.wait(1)
+            world.posts.pop().fail()
+        world.ask("shutdown:")
+        world.commands.pop().end(1)
+        self.assertEqual(world.show(), "access_token:at1")
 
     def test_success_starts_the_count_anew(self):
         world = self.world("transient_error_if_cmd")
@@ -2080,6 +2109,13 @@ class ReloadTest(unittest.TestCase):
         world.auth.hang_up()
         self.assertEqual(world.show(), "access_token:at1")
         self.assertNotIn("shown", str(world.logged))
+
+    def test_the_notification_of_an_account_that_is_gone_is_ended(self):
+        world = World(account("x") + account("y") + 'auth_notify_cmd = "a";')
+        world.show()
+        world.wait(0)
+        world.reload(account("y") + 'auth_notify_cmd = "a";')
+        self.assertTrue(world.commands.pop().cancelled)
 
     def test_a_command_that_a_reload_takes_away_is_not_run_again(self):
         world = World(account() + 'token_event_cmd = "t";')
@@ -3168,6 +3204,16 @@ class LoopTest(unittest.TestCase):
             if kept is not None:
                 os.environ["SHELL"] = kept
 
+    def test_whatever_keeps_a_shell_from_starting_is_told_and_is_no_verdict(self):
+        kept = os.environ.get("SHELL", "")
+        try:
+            os.environ["SHELL"] = "/nope\udcff"
+            ((status, reason),) = self.run_commands("exit 1")
+        finally:
+            os.environ["SHELL"] = kept
+        self.assertEqual(status, 0)
+        self.assertTrue(reason.startswith(b"cannot start /nope?: "), reason)
+
     def test_at_its_limit_a_command_is_killed_with_all_its_children(self):
         path = self.in_file()
         command = f"sleep 60 & echo $! > {path}; wait"
@@ -4103,6 +4149,31 @@ class EndToEndTest(unittest.TestCase):
         daemon.run("refresh", "work")
         self.assertTrue(until(lambda: daemon.show() not in ("", last)))
 
+    def test_browsers_that_wait_at_the_end_get_a_page(self):
+        daemon = self.start(self.provider.account().replace("/token", "/token?fault=silent-code"))
+        pages = []
+        thread = threading.Thread(target=lambda: pages.append(daemon.visit()))
+        thread.start()
+        self.assertTrue(until(lambda: self.provider.slow))
+        self.assertEqual(daemon.run("shutdown").returncode, 0)
+        thread.join()
+        self.assertEqual(pages[0][0], 200)
+        self.assertIn("pizauth was stopped", pages[0][1])
+
+    def test_odd_starters(self):
+        """SIGCHLD ignored, and a configuration that comes through a pipe."""
+        daemon = Daemon(account("x"))
+        self.addCleanup(daemon.__exit__)
+        self.addCleanup(daemon.run, "shutdown")
+        server = f"{sys.executable} {PROGRAM} server"
+        piped = f"cat {daemon.config} | {server} -c /dev/fd/9 9<&0"
+        for command in (f"trap '' CHLD; {server}", piped):
+            done = subprocess.run(["sh", "-c", command], env=daemon.environment,
+                                  capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertEqual(daemon.run("status").stdout, "x: No access token\n")
+            self.assertEqual(daemon.run("shutdown").returncode, 0)
+
     def test_a_second_signal_ends_it_at_once(self):
         daemon = self.start(self.provider.account(fault="silent"))
         daemon.visit()
@@ -4133,6 +4204,17 @@ class EndToEndTest(unittest.TestCase):
                 self.assertEqual((done.returncode, done.stdout), (1, ""))
                 self.assertIn(error, done.stderr)
                 self.assertEqual(daemon.url(), old)
+        if os.path.isdir("/proc"):
+            descriptors = len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+            text = f'http_listen = "127.0.0.1:0"; https_listen = "127.0.0.1:{taken}";'
+            self.configure(daemon, text)
+            for _ in range(5):
+                self.assertEqual(daemon.run("reload").returncode, 1)
+            self.assertEqual(len(os.listdir(f"/proc/{daemon.process.pid}/fd")), descriptors)
+        os.unlink(daemon.config)
+        os.mkfifo(daemon.config)
+        self.assertIn("is no file", daemon.run("reload").stderr)
+        os.unlink(daemon.config)
         self.configure(daemon, "https_listen = none; refresh_retry = 1s;")
         self.assertEqual(daemon.run("reload").returncode, 0)
         self.assertEqual(json.loads(daemon.ask(b"info:"))["http_port"], before)
