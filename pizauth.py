@@ -33,8 +33,8 @@ One authorization, step by step:
     by a new Active.
 
 The control protocol: a client of the Unix socket sends one request, `VERB ":" REST`, shuts down its
-half, and reads the reply to end of file: `KIND ":" TEXT`, or `error:` and a sentence.
-Authenticator.control answers it.
+half, and reads the reply to end of file: `KIND ":" TEXT`, or `error:` and a sentence (`dump` and
+`info` answer bytes and JSON as they are). Authenticator.control answers it.
 
 One process, which never has a second thread, owns all state and waits in one place, Loop.run.
 Whatever may block is a forked child, which sees what it was forked with and at most writes bytes
@@ -96,7 +96,7 @@ ERROR_LIMIT = 60  # How long may error_notify_cmd run?
 EVENT_RETRY = 1  # How long until an event is told again for which there was no process?
 EVENT_LIMIT = 10  # And token_event_cmd, which holds up the next event?
 VERDICT_LIMIT = 180  # And transient_error_if_cmd, which holds up the next refresh?
-FOR_EVER = float("inf")
+FOR_EVER = float("inf")  # the limit of what has none
 STARTUP_PATIENCE = 60  # How long does READY=1 wait for startup_cmd, which may run for ever?
 GRACE = 2  # How long may what is in flight at the end still reach token_event_cmd?
 PAUSE = 1  # How long is accepting paused when descriptors or memory have run out?
@@ -551,8 +551,8 @@ class Parser:
         address = unquoted(self.take("string", "\"HOST:PORT\" or none"))
         match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s\[\]:/\"]+)):([0-9]{1,5})", address)
         if match is None or int(match[3]) > 65535:
-            raise self.error(lexeme, 'Not a listen address: write "HOST:PORT",'
-                                    ' for instance "127.0.0.1:0" or "[::1]:8080"')
+            raise self.error(lexeme, 'Not a listen address: write "HOST:PORT", the port 65535 at'
+                                     ' most, for instance "127.0.0.1:0" or "[::1]:8080"')
         return ((match[1] or match[2], int(match[3])),)
 
     def strings(self) -> tuple[str, ...]:
@@ -1845,8 +1845,8 @@ def self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
 
 
 # ---- Loop ----
-# The only place that waits, and the only place that forks. An Exchange that fails takes nothing
-# else with it.
+# The only place that waits and, once the server serves, the only place that forks. An Exchange that
+# fails takes nothing else with it.
 
 
 class Tls:
@@ -2761,8 +2761,12 @@ class Server:
         """Bind the control socket anew; what is in the way of that may pass until the next look."""
         try:
             make_runtime_directory()
-            replaced = self.control
-            self.listen_to_clients(bind_control(self.control_path))
+            replaced, sock = self.control, bind_control(self.control_path)
+            try:
+                self.listen_to_clients(sock)
+            except OSError:
+                sock.close()  # swept away again already
+                raise
             replaced.close()
         except (PizauthError, OSError) as error:
             self.log(ERROR, f"Cannot make the control socket anew: {error}")
@@ -2947,9 +2951,13 @@ def asked(verb: bytes, rest: bytes = b"", kind: bytes = b"ok") -> str:
     return text
 
 
+def account_request(account: str, without_url: bool) -> bytes:
+    """The rest of a request about an account, in which its URL is wanted or not."""
+    return (b"withouturl " if without_url else b"withurl ") + os.fsencode(account)
+
+
 def print_token(account: str, without_url: bool = False) -> None:
-    option = b"withouturl " if without_url else b"withurl "
-    put(asked(b"showtoken", option + os.fsencode(account), b"access_token") + "\n")
+    put(asked(b"showtoken", account_request(account, without_url), b"access_token") + "\n")
 
 
 def show(options: argparse.Namespace) -> None:
@@ -2957,8 +2965,7 @@ def show(options: argparse.Namespace) -> None:
 
 
 def refresh(options: argparse.Namespace) -> None:
-    option = b"withouturl " if options.without_url else b"withurl "
-    asked(b"refresh", option + os.fsencode(options.account), b"scheduled")
+    asked(b"refresh", account_request(options.account, options.without_url), b"scheduled")
 
 
 def status(options: argparse.Namespace) -> None:
@@ -2980,7 +2987,7 @@ def info(options: argparse.Namespace) -> None:
     cache, config = runtime_directory(), config_path(options.config)
     name = os.path.basename(sys.argv[0])
     if options.json:
-        about = {
+        summary = {
             "cache_directory": cache,
             "config_file": config,
             "executed_as": sys.argv[0],
@@ -2989,7 +2996,7 @@ def info(options: argparse.Namespace) -> None:
             "server_running": server_info is not None,
             **({} if server_info is None else {"server_info": server_info}),
         }
-        return put(json.dumps(about, indent=2) + "\n")
+        return put(json.dumps(summary, indent=2) + "\n")
     lines = [f"{name} version {VERSION}:", f"  cache directory: {cache}",
              f"  config file: {config}"]
     lines.append("server not running" if server_info is None else "server running:")

@@ -787,11 +787,11 @@ CONFIG_ERRORS = [
      "line 1, column 17: Invalid time '1h2m': write a whole number and a unit, such "
      'as 90s, 15m, 2h or 1d'),
     ('http_listen = "127.0.0.1";',
-     'line 1, column 15: Not a listen address: write "HOST:PORT", for instance '
-     '"127.0.0.1:0" or "[::1]:8080"'),
+     'line 1, column 15: Not a listen address: write "HOST:PORT", the port 65535 at '
+     'most, for instance "127.0.0.1:0" or "[::1]:8080"'),
     ('http_listen = "127.0.0.1:65536";',
-     'line 1, column 15: Not a listen address: write "HOST:PORT", for instance '
-     '"127.0.0.1:0" or "[::1]:8080"'),
+     'line 1, column 15: Not a listen address: write "HOST:PORT", the port 65535 at '
+     'most, for instance "127.0.0.1:0" or "[::1]:8080"'),
     ('http_listen = 127.0.0.1:0;', 'line 1, column 15: Expected "HOST:PORT" or none after \'=\''),
     ('auth_notify_cmd = none;', "line 1, column 19: Expected a string in double quotes after '='"),
     ('refresh_rety = 5s;',
