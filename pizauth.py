@@ -789,6 +789,13 @@ def sensible_life(expires_in: object) -> float | None:
 # Bytes in; a value, None (more is needed), or an exception out. Pages are bytes out.
 
 
+class Received(bytearray):
+    """What a peer has sent so far; no end of a head starts before `searched`, so that one which
+    comes a byte at a time is not searched anew each time."""
+
+    searched = 0
+
+
 class Head(Record):
     """What matters in an HTTP request's head: its target, which starts with `/`, and its Host."""
 
@@ -806,7 +813,7 @@ STATUS_TEXTS = {
 }
 
 
-def until_eof(buffer: bytearray, eof: bool) -> bytes | None:
+def until_eof(buffer: Received, eof: bool) -> bytes | None:
     """A control request: all until end of file. Raises RequestError as soon as it is too long."""
     limit = RESTORE_LIMIT if buffer.startswith(b"restore:") else REQUEST_LIMIT
     if len(buffer) > limit:
@@ -814,12 +821,15 @@ def until_eof(buffer: bytearray, eof: bool) -> bytes | None:
     return bytes(buffer) if eof else None
 
 
-def http_head(buffer: bytearray, eof: bool) -> Head | None:
+def http_head(buffer: Received, eof: bool) -> Head | None:
     """The head of a GET (RFC 9112). Raises BadRequest as soon as it is clear that it is none."""
     line_end = buffer.find(b"\n")
     line = bytes(buffer[: line_end if line_end >= 0 else 32])
-    check_request_line(line, line_end >= 0)
-    ends = [end for end in (buffer.find(b"\n\r\n"), buffer.find(b"\n\n")) if end >= 0]
+    if line_end < 0 or line_end >= buffer.searched:
+        check_request_line(line, line_end >= 0)
+    start = max(0, buffer.searched - 2)
+    ends = [end for end in (buffer.find(b"\n\r\n", start), buffer.find(b"\n\n", start)) if end >= 0]
+    buffer.searched = len(buffer)
     if min(ends, default=len(buffer)) > HEAD_LIMIT:
         raise BadRequest(431, f"The request is longer than {HEAD_LIMIT >> 10} KiB.")
     if not ends and eof and buffer:
@@ -1895,14 +1905,14 @@ class Exchange:
     """
 
     def __init__(self, loop: Loop, sock: socket.socket, kind: str,
-                 frame: Callable[[bytearray, bool], Any], respond: Callable[[Any, Answer], None],
+                 frame: Callable[[Received, bool], Any], respond: Callable[[Any, Answer], None],
                  *, tls: Tls | None = None) -> None:
         self.loop, self.sock, self.kind, self.tls = loop, sock, kind, tls
         self.frame, self.respond = frame, respond
         self.state = "reading"
         self.deadline: float | None = loop.clock.now() + CONNECTION_TIMEOUT
         self.watched = 0  # the events that the selector watches for
-        self.buffer = bytearray()
+        self.buffer = Received()
         self.outgoing = memoryview(b"")
         self.eof = False
         loop.exchanges[kind][self] = None
@@ -1972,7 +1982,7 @@ class Exchange:
         except PizauthError as error:
             return self.answer(refusal(error))
         if request is not None:
-            self.state, self.deadline, self.buffer = "parked", None, bytearray()
+            self.state, self.deadline, self.buffer = "parked", None, Received()
             self.respond(request, self.answer)
         elif self.eof:
             self.close()

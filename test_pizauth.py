@@ -1054,13 +1054,25 @@ class WireTest(unittest.TestCase):
     GOOD = b"GET /?state=s&code=c HTTP/1.1\r\nHost: localhost:8080\r\nAccept: */*\r\n\r\n"
 
     def head(self, data, eof=False):
-        return pizauth.http_head(bytearray(data), eof)
+        return pizauth.http_head(pizauth.Received(data), eof)
 
-    def test_a_get_is_read_whole_and_byte_by_byte(self):
+    def in_pieces(self, data, size):
+        """What is made of a head that comes in pieces."""
+        buffer = pizauth.Received()
+        for at in range(0, len(data), size):
+            buffer += data[at : at + size]
+            if (got := pizauth.http_head(buffer, False)) is not None:
+                return got
+        return None
+
+    def test_a_get_is_read_whole_byte_by_byte_and_in_pieces(self):
         for end in range(len(self.GOOD)):
             self.assertIsNone(self.head(self.GOOD[:end]))
-        got = self.head(self.GOOD + b"trailing junk")
-        self.assertEqual((got.target, got.host), ("/?state=s&code=c", "localhost:8080"))
+            self.assertIsNone(self.in_pieces(self.GOOD[:end], 1))
+        for size in (1, 2, 3, 7, 50, 1000):
+            for data in (self.GOOD + b"trailing junk", self.GOOD.replace(b"\r", b"") + b"\n\n"):
+                got = self.in_pieces(data, size)
+                self.assertEqual((got.target, got.host), ("/?state=s&code=c", "localhost:8080"))
 
     def test_bare_line_feeds_and_http_1_0_are_understood(self):
         got = self.head(b"GET / HTTP/1.0\nhost:  LOCALHOST \n\n")
@@ -1086,9 +1098,11 @@ class WireTest(unittest.TestCase):
             (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 17_000, 431),
             (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 17_000 + b"\r\n\r\n", 431),
         ):
-            with self.subTest(data=data[:60]), self.assertRaises(pizauth.BadRequest) as caught:
-                self.head(data)
-            self.assertEqual(caught.exception.status, status)
+            for size in (1 << 20, 1, 5):
+                with self.subTest(data=data[:60], size=size):
+                    with self.assertRaises(pizauth.BadRequest) as caught:
+                        self.in_pieces(data, size)
+                    self.assertEqual(caught.exception.status, status)
 
     def test_a_request_cut_short_is_refused_and_silence_is_not_answered(self):
         with self.assertRaises(pizauth.BadRequest):
@@ -1149,13 +1163,13 @@ class WireTest(unittest.TestCase):
             head.decode())
 
     def test_control_request_ends_with_the_file(self):
-        self.assertIsNone(pizauth.until_eof(bytearray(b"status:"), False))
-        self.assertEqual(pizauth.until_eof(bytearray(b"status:"), True), b"status:")
+        self.assertIsNone(pizauth.until_eof(pizauth.Received(b"status:"), False))
+        self.assertEqual(pizauth.until_eof(pizauth.Received(b"status:"), True), b"status:")
         with self.assertRaises(pizauth.RequestError):
-            pizauth.until_eof(bytearray(b"x" * 65537), False)
-        self.assertIsNone(pizauth.until_eof(bytearray(b"restore:" + b"x" * 65537), False))
+            pizauth.until_eof(pizauth.Received(b"x" * 65537), False)
+        self.assertIsNone(pizauth.until_eof(pizauth.Received(b"restore:" + b"x" * 65537), False))
         with self.assertRaises(pizauth.RequestError):
-            pizauth.until_eof(bytearray(b"restore:" + bytes(16 << 20)), False)
+            pizauth.until_eof(pizauth.Received(b"restore:" + bytes(16 << 20)), False)
 
 
 # ---- Token states, the schedule, and the redirects ----
@@ -2655,8 +2669,8 @@ def fuzz_head(data):
     """The head whole and in pieces, and the redirect that it may be."""
     with contextlib.suppress(pizauth.BadRequest):
         for end in (*range(0, len(data), 1 + len(data) // 8), len(data)):
-            pizauth.http_head(bytearray(data[:end]), False)
-        head = pizauth.http_head(bytearray(data), True)
+            pizauth.http_head(pizauth.Received(data[:end]), False)
+        head = pizauth.http_head(pizauth.Received(data), True)
         if head is not None:
             pizauth.redirect_matches("http://localhost:8080/?a=b", "http", head)
             world = World()
@@ -2683,7 +2697,7 @@ def fuzz_control(data):
     world = World()
     replies = []
     with contextlib.suppress(pizauth.RequestError):
-        request = pizauth.until_eof(bytearray(data), True)
+        request = pizauth.until_eof(pizauth.Received(data), True)
         world.auth.control(request, replies.append)
         assert len(replies) == (not world.auth.stopping), replies
     world.status()
@@ -2769,7 +2783,7 @@ class FuzzTest(unittest.TestCase):
         """Or mutations of them would be far from what is good."""
         pizauth.parse(pizauth.decode_config(CONFIG_SAMPLE))
         for sample in FUZZERS["head"][1]:
-            self.assertIsNotNone(pizauth.http_head(bytearray(sample), True))
+            self.assertIsNotNone(pizauth.http_head(pizauth.Received(sample), True))
         for sample in FUZZERS["answer"][1][1:3]:
             good = pizauth.outcome_bytes(200, 0, True, sample)
             self.assertEqual(pizauth.token_response(good, {}).access_token, "at")
