@@ -56,7 +56,7 @@ import sys
 TYPE_CHECKING = False  # `typing` would cost every `show` 2 ms; mypy takes this name for its own
 if TYPE_CHECKING:
     import argparse, base64, difflib, errno, fcntl, gc, hashlib, html, json, re, resource, secrets
-    import selectors, signal, socket, ssl, syslog, time, traceback, urllib.parse
+    import select, selectors, signal, socket, ssl, time, traceback, urllib.parse
     from collections.abc import Iterator, Mapping
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -72,9 +72,9 @@ if TYPE_CHECKING:
 def server_imports() -> None:
     """Bind what only the server needs: `show` runs at every login and must not pay for it."""
     global base64, difflib, errno, fcntl, gc, hashlib, html, json, re, resource, secrets
-    global selectors, signal, socket, syslog, time, traceback, urllib, partial
+    global select, selectors, signal, socket, time, traceback, urllib, partial
     import base64, difflib, errno, fcntl, gc, hashlib, html, json, re, resource, secrets
-    import selectors, signal, socket, syslog, time, traceback, urllib.parse
+    import select, selectors, signal, socket, time, traceback, urllib.parse
     from functools import partial
 
 
@@ -82,7 +82,7 @@ VERSION = "0.1.0"
 
 # Lengths of time, in seconds.
 TOKEN_REQUEST_LIMIT = 30  # How long may one token request take in all, look-ups included?
-CONNECT_TIMEOUT = 10  # And how long to connect? Leaves time for IPv4 if IPv6 is a black hole.
+CONNECT_TIMEOUT = 5  # And how long to connect to one address? Leaves time for five more.
 CODE_RETRY_INTERVAL = 6  # How long after a failed code exchange is it tried again?
 BROWSER_PATIENCE = 10  # How long does a browser wait for the outcome until told to close the page?
 REFRESH_GAP = 1  # How far apart do refreshes of one account start, whoever asks?
@@ -109,7 +109,7 @@ REQUEST_LIMIT = 64 << 10  # of a control request
 RESTORE_LIMIT = 16 << 20  # of one that brings a dump
 HEAD_LIMIT = 16 << 10  # of the head of an HTTP request
 CHUNK = 64 << 10  # read or written at a time
-TLS_CHUNK = 4 << 10  # read at a time where each piece may cost the work of a handshake
+TLS_CHUNK = 1 << 10  # read a pass where 27 bytes may be a KeyUpdate: 38 of them cost 0.4 ms
 TLS_LIMIT = 64 << 10  # of all that a TLS client sends before its request is whole
 
 # Counts.
@@ -1751,12 +1751,6 @@ def post_form(uri: str, form: dict[str, str]) -> bytes:
 
         https_response = http_response
 
-    def connect(address: Any, _timeout: object, *source: Any) -> socket.socket:
-        sock = create_connection(address, CONNECT_TIMEOUT, *source)
-        sock.settimeout(None)  # an answer given up too soon may have held a rotated token
-        return sock
-
-    create_connection = socket.create_connection
     socket.create_connection = connect  # type: ignore[assignment]  # in this process alone
     os.nice(10)  # the server answers mail programs meanwhile
     headers = {"Accept": "application/json", "User-Agent": f"pizauth.py/{VERSION}"}
@@ -1775,6 +1769,33 @@ def post_form(uri: str, form: dict[str, str]) -> bytes:
         reason = getattr(error, "reason", None) or error
         host = urllib.parse.urlsplit(uri).netloc
         return outcome_bytes(0, 0, False, f"no answer from {host}: {reason}".encode())
+
+
+def connect(address: tuple[str, int], *_: object) -> socket.socket:
+    """Runs in a child: a connection to a host, whose IPv6 and IPv4 addresses are tried in turn
+    (RFC 8305 4): some have eight of one kind, and all may be a black hole. Raises OSError."""
+    turns: dict[int, int] = {}
+
+    def turn(found: tuple[Any, ...]) -> int:
+        turns[found[0]] = turns.get(found[0], 0) + 1
+        return turns[found[0]]
+
+    reason = OSError("no address found")
+    for *family, _name, place in sorted(
+            socket.getaddrinfo(*address, type=socket.SOCK_STREAM), key=turn):
+        try:
+            sock = socket.socket(*family)
+            try:
+                sock.settimeout(CONNECT_TIMEOUT)
+                sock.connect(place)
+                sock.settimeout(None)  # an answer given up too soon may have held a rotated token
+                return sock
+            except OSError:
+                sock.close()
+                raise
+        except OSError as error:
+            reason = error
+    raise reason
 
 
 def is_loopback(uri: str) -> bool:
@@ -1960,7 +1981,8 @@ class Exchange:
                 self.eof = not data
                 if self.state == "reading":
                     self._take(data)
-                if self.outgoing or self.eof or self.state not in ("reading", "draining"):
+                if self.tls is not None or self.outgoing or self.eof or self.state not in (
+                        "reading", "draining"):
                     break
         except BlockingIOError:
             pass  # that is all for now
@@ -2484,27 +2506,58 @@ def put(data: bytes | str) -> None:
 
 
 class Log:
-    """Called with a level and a message; messages above the verbosity are dropped."""
+    """Called with a level and a message; messages above the verbosity are dropped.
 
-    LEVELS = (("ERROR", "LOG_ERR"), ("WARNING", "LOG_WARNING"), ("INFO", "LOG_INFO"),
-              ("DEBUG", "LOG_DEBUG"), ("TRACE", "LOG_DEBUG"))
+    It never waits: what a full pipe or a syslog that hangs cannot take is lost, and counted. (The
+    libc's syslog(3) would wait for ever, and with it every mail program.)
+    """
 
-    def __init__(self, verbosity: int) -> None:
-        self.verbosity = verbosity
-        self.to_syslog = False
+    LEVELS = (("ERROR", 3), ("WARNING", 4), ("INFO", 6), ("DEBUG", 7), ("TRACE", 7))
+    SYSLOG = ("/dev/log", "/var/run/log", "/var/run/syslog")
+
+    def __init__(self, verbosity: int, descriptor: int = 2) -> None:
+        self.verbosity, self.descriptor = verbosity, descriptor
+        self.syslog: socket.socket | None = None
+        self.lost = 0
 
     def __call__(self, level: int, message: str) -> None:
-        name, priority = self.LEVELS[level]
         for line in map(printable, message.splitlines() if level <= self.verbosity else ()):
-            if self.to_syslog:
-                syslog.syslog(getattr(syslog, priority), line)
-            else:
-                complain(f"{name} - {line}")
+            told = f"{self.lost} messages were lost: the log was full"
+            if self.lost and self.tell(WARNING, told):
+                self.lost = 0
+            self.lost += not self.tell(level, line)
+
+    def tell(self, level: int, line: str) -> bool:
+        """Was there room for a line?"""
+        name, priority = self.LEVELS[level]
+        if self.syslog is not None:
+            return self.send(f"<{8 + priority}>{time.strftime('%b %e %H:%M:%S')}"  # 8: user's
+                             f" pizauth[{os.getpid()}]: {line}".encode("utf-8", "replace"))
+        text = f"{name} - {line}".encode("utf-8", "replace")[: select.PIPE_BUF - 1]
+        try:
+            if not select.select((), (self.descriptor,), (), 0)[1]:
+                return False
+            write_all(self.descriptor, text + b"\n")
+        except OSError:
+            pass  # nobody listens
+        return True
+
+    def send(self, datagram: bytes) -> bool:
+        """Hand a message to syslog (RFC 3164); where none runs it is dropped, which is no error."""
+        assert self.syslog is not None
+        for path in self.SYSLOG:
+            try:
+                self.syslog.sendto(datagram, path)
+                break
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.ENOBUFS):
+                    return False
+        return True
 
     def use_syslog(self) -> None:
-        """From now on messages go to syslog; where none runs they are lost, which is no error."""
-        syslog.openlog("pizauth", syslog.LOG_PID, syslog.LOG_USER)
-        self.to_syslog = True
+        """From now on messages go to syslog."""
+        self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.syslog.setblocking(False)
 
 
 def config_path(given: str | None) -> str:
@@ -2852,6 +2905,7 @@ def tls_context(pem: str, directory: str) -> ssl.SSLContext:
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # each would cost a handshake
     path = os.path.join(directory, "certificate.pem")
     if os.path.lexists(path):
         os.unlink(path)  # one that a killed server left; we hold the lock

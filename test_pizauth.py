@@ -3435,6 +3435,17 @@ class TlsTest(unittest.TestCase):
                 self.carry(incoming, outgoing)
         self.assertEqual(self.exchange.state, "closed")
 
+    def test_a_pass_decrypts_a_kibibyte_at_most(self):
+        """For 27 bytes may be a KeyUpdate, and a hundred clients may send them without end."""
+        sizes = []
+        self.exchange.tls = unittest.mock.Mock(
+            decrypt=lambda data: sizes.append(len(data)) or b"",
+            outgoing=unittest.mock.Mock(pending=0))
+        self.peer.send(b"x" * 5000)
+        for _ in range(2):
+            self.exchange.ready()
+        self.assertEqual(sizes, [1024, 1024])
+
     def test_after_the_answer_what_comes_is_discarded_undecrypted(self):
         self.talk(WireTest.GOOD)
         self.assertEqual(self.exchange.state, "draining")
@@ -3471,6 +3482,49 @@ class TlsTest(unittest.TestCase):
 
 
 # ---- The server's directories, and the command line ----
+
+
+class ConnectTest(unittest.TestCase):
+    """How a token request reaches its host; addresses are found by the test."""
+
+    def hole(self):
+        """The address of a listener that takes no connection: connecting to it hangs."""
+        listening = socket.create_server(("127.0.0.1", 0), backlog=0)
+        self.addCleanup(listening.close)
+        for _ in range(8):  # until its queue is full
+            sock = socket.socket()
+            self.addCleanup(sock.close)
+            sock.setblocking(False)
+            sock.connect_ex(listening.getsockname())
+        return listening.getsockname()
+
+    def connect(self, *places):
+        """What comes of these (family, address), found for a host, with 0.2 s for each."""
+        found = [(family, socket.SOCK_STREAM, 0, "", place) for family, place in places]
+        with unittest.mock.patch("socket.getaddrinfo", return_value=found), \
+                unittest.mock.patch.object(pizauth, "CONNECT_TIMEOUT", 0.2):
+            return pizauth.connect(("host.example", 443), None, None)
+
+    def test_a_black_hole_of_many_addresses_leaves_time_for_the_other_family(self):
+        """IPv6 is played by another number, for a machine may have none."""
+        real, hole = socket.socket, self.hole()
+        with socket.create_server(("127.0.0.1", 0)) as good:
+            start = time.monotonic()
+            with unittest.mock.patch(
+                    "socket.socket", lambda family, *rest: real(abs(family), *rest)):
+                sock = self.connect(*[(-socket.AF_INET, hole)] * 8,
+                                    (socket.AF_INET, good.getsockname()))
+            with sock:
+                self.assertLess(time.monotonic() - start, 0.4)
+                self.assertIsNone(sock.gettimeout())
+
+    def test_the_last_reason_is_told(self):
+        with socket.create_server(("127.0.0.1", 0)) as gone:
+            place = gone.getsockname()
+        with self.assertRaises(ConnectionRefusedError):
+            self.connect((socket.AF_INET, self.hole()), (socket.AF_INET, place))
+        with self.assertRaises(socket.timeout):
+            self.connect((socket.AF_INET, place), (socket.AF_INET, self.hole()))
 
 
 class DirectoryTest(unittest.TestCase):
@@ -3576,19 +3630,67 @@ class DirectoryTest(unittest.TestCase):
     def test_the_log_has_one_harmless_line_a_message_and_none_above_its_level(self):
         for verbosity, lines in ((0, ["ERROR - a[2J", "ERROR - b"]), (1, ["ERROR - a[2J",
                                  "ERROR - b", "WARNING - w"])):
-            with unittest.mock.patch.object(pizauth, "complain") as complain:
-                log = pizauth.Log(verbosity)
-                for level, message in ((pizauth.ERROR, "a\x1b[2J\nb"), (pizauth.WARNING, "w"),
-                                       (pizauth.INFO, "i")):
-                    log(level, message)
-            self.assertEqual([call.args[0] for call in complain.call_args_list], lines)
+            reader, writer = os.pipe()
+            log = pizauth.Log(verbosity, writer)
+            for level, message in ((pizauth.ERROR, "a\x1b[2J\nb"), (pizauth.WARNING, "w"),
+                                   (pizauth.INFO, "i")):
+                log(level, message)
+            os.close(writer)
+            log(pizauth.ERROR, "to nobody")
+            with open(reader, encoding="utf-8") as file:
+                self.assertEqual(file.read().splitlines(), lines)
+
+    def test_a_log_that_nobody_reads_holds_nothing_up_and_tells_what_it_lost(self):
+        reader, writer = os.pipe()
+        log = pizauth.Log(0, writer)
+        for _ in range(300):
+            log(pizauth.ERROR, "x" * 9000)
+        lost = log.lost
+        self.assertGreater(lost, 200)
+        with open(reader, "rb", buffering=0) as file:
+            longest = max(map(len, file.read(1 << 20).splitlines()))
+            log(pizauth.ERROR, "heard")
+            os.close(writer)
+            self.assertEqual(file.read().decode().splitlines(), [
+                f"WARNING - {lost} messages were lost: the log was full", "ERROR - heard"])
+        self.assertLessEqual(longest, 4095)
+
+    def syslog(self):
+        """A log whose syslog is a socket of the test's; that socket."""
         log = pizauth.Log(4)
+        log.SYSLOG = (os.path.join(self.base, "none"), os.path.join(self.base, "log"))
+        receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(receiver.close)
+        receiver.bind(log.SYSLOG[1])
         log.use_syslog()
-        with unittest.mock.patch("syslog.syslog") as sent:
-            for level in range(5):
-                log(level, "m")
-        self.assertEqual([call.args for call in sent.call_args_list],
-                         [(3, "m"), (4, "m"), (6, "m"), (7, "m"), (7, "m")])
+        self.addCleanup(log.syslog.close)
+        return log, receiver
+
+    def test_syslog_gets_datagrams_of_its_kind(self):
+        log, receiver = self.syslog()
+        for level in range(5):
+            log(level, "m\x1b")
+        for priority in (11, 12, 14, 15, 15):
+            told = receiver.recv(999).decode()
+            self.assertRegex(told, rf"^<{priority}>[A-Z][a-z][a-z] [ 1-3][0-9] [0-9:]{{8}} ")
+            self.assertTrue(told.endswith(f" pizauth[{os.getpid()}]: m"), told)
+
+    def test_a_syslog_that_hangs_or_is_gone_holds_nothing_up(self):
+        log, receiver = self.syslog()
+        for number in range(5000):
+            log(pizauth.ERROR, f"{number}")
+        self.assertGreater(log.lost, 0)
+        kept = 5000 - log.lost
+        for number in range(kept):
+            self.assertTrue(receiver.recv(99).endswith(b" %d" % number))
+        log(pizauth.ERROR, "heard")
+        self.assertTrue(receiver.recv(99).endswith(b" messages were lost: the log was full"))
+        self.assertTrue(receiver.recv(99).endswith(b": heard"))
+        receiver.close()
+        log(pizauth.ERROR, "to nobody")
+        os.unlink(log.SYSLOG[1])
+        log(pizauth.ERROR, "to nobody")
+        self.assertEqual(log.lost, 0)
 
     def test_a_port_that_is_taken_on_the_other_family_is_given_up_ten_times_at_most(self):
         for taken, tries in ((3, 4), (99, 10)):
