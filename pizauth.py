@@ -85,7 +85,7 @@ TOKEN_REQUEST_LIMIT = 30  # How long may one token request take in all, look-ups
 CONNECT_TIMEOUT = 5  # And how long to connect to one address? Leaves time for five more.
 CODE_RETRY_INTERVAL = 6  # How long after a failed code exchange is it tried again?
 BROWSER_PATIENCE = 10  # How long does a browser wait for the outcome until told to close the page?
-REFRESH_GAP = 1  # How far apart do refreshes of one account start, whoever asks?
+REFRESH_GAP = 1  # How far apart do refreshes of one account start, whatever is asked or sent?
 REMINDER_GAP = 1  # How far apart are reminders, when auth_notify_interval is 0s?
 LEAST_AGE = 10  # How old does a token get before it is refreshed, unless half its life is less?
 RETRY_AFTER_LIMIT = 3600  # How long may a server's Retry-After hold a refresh back?
@@ -965,7 +965,6 @@ class Active(Record):
     obtained_at: float
     expires_at: float
     refresh_token: str | None
-    not_before: float = 0  # the earliest start of the next refresh, whoever asks for it
     wanted: bool = False  # did somebody ask for a refresh that could not start at once?
     cancel: Cancel | None = None  # set while a refresh runs
     attempted_at: float | None = None
@@ -975,16 +974,14 @@ class Active(Record):
 
     def refresh_due(self, account: Account) -> float:
         """When the next refresh starts, if none runs (by the schedule in pizauth.conf(5))."""
-        half_life = (self.expires_at - self.obtained_at) / 2
         if self.wanted:
-            due = self.not_before
-        elif self.failed_at is not None:
-            due = self.failed_at + max(account.refresh_retry, self.retry_after)
-        else:
-            floor = self.obtained_at + min(LEAST_AGE, half_life)
-            due = max(self.expires_at - account.refresh_before_expiry, floor)
-            due = min(due, self.obtained_at + account.refresh_at_least)
-        return max(due, self.not_before)
+            return 0
+        if self.failed_at is not None:
+            return self.failed_at + max(account.refresh_retry, self.retry_after)
+        floor = self.obtained_at + min(LEAST_AGE, (self.expires_at - self.obtained_at) / 2)
+        due = max(self.expires_at - account.refresh_before_expiry, floor)
+        return max(min(due, self.obtained_at + account.refresh_at_least),
+                   self.obtained_at + REFRESH_GAP)
 
 
 # ---- Dump ----
@@ -1205,6 +1202,7 @@ class Authenticator:
         self._clock, self._post, self._run, self._log = clock, post, run, log
         self._tokens: dict[str, Pending | Active | None] = dict.fromkeys(config.accounts)
         self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
+        self._not_before: dict[str, float] = {}  # an account's next refresh, whoever asks for it
         self._events: list[tuple[str, str]] = []  # to be told; the first is being told
         self._event_due: float | None = None  # when the first is told again, if it could not be
         self._notifiers: dict[str, Cancel] = {}  # each account's last auth_notify_cmd
@@ -1246,7 +1244,8 @@ class Authenticator:
             elif isinstance(token, Active) and token.refresh_token is None:
                 yield token.expires_at, self._expire, name, token
             elif isinstance(token, Active) and token.cancel is None:
-                yield token.refresh_due(self.config.accounts[name]), self._refresh, name, token
+                due = token.refresh_due(self.config.accounts[name])
+                yield max(due, self._not_before.get(name, 0)), self._refresh, name, token
 
     def _rescheduled(self) -> None:
         """Every change of what _appointments() yields ends here."""
@@ -1292,8 +1291,7 @@ class Authenticator:
         pending.remind_at = now + max(self.config.auth_notify_interval, REMINDER_GAP)
         self._rescheduled()
         if self.config.auth_notify_cmd is not None:
-            if name in self._notifiers:
-                self._notifiers.pop(name)()  # it may have waited for a click until now
+            self._notifiers.pop(name, lambda: None)()  # it may have waited for a click until now
             self._notifiers[name] = self._command(
                 "auth_notify_cmd", name, {"PIZAUTH_URL": pending.url}, FOR_EVER)
 
@@ -1340,11 +1338,9 @@ class Authenticator:
     def _obtained(self, name: str, response: TokenResponse, refresh_token: str | None,
                   event: str) -> None:
         """A new access token takes the place of whatever was there."""
-        now, old = self._clock.now(), self._tokens[name]
+        now = self._clock.now()
         life = response.expires_in or min(self.config.accounts[name].refresh_at_least, LIFE_LIMIT)
         token = Active(response.access_token, now, now + life, refresh_token)
-        if isinstance(old, Active):
-            token.not_before = old.not_before
         self._errors.pop(name, None)
         self._replace(
             name, token, event, f"Account {name} is authorised: you can safely close this page.")
@@ -1360,7 +1356,8 @@ class Authenticator:
         assert token.refresh_token is not None
         account, now = self.config.accounts[name], self._clock.now()
         form = refresh_request(account, token.refresh_token)
-        token.wanted, token.attempted_at, token.not_before = False, now, now + REFRESH_GAP
+        token.wanted, token.attempted_at = False, now
+        self._not_before[name] = now + REFRESH_GAP
         token.cancel = self._post(
             normal_uri(account.token_uri), form, False, partial(self._refreshed, name, token, form)
         )
@@ -1634,9 +1631,8 @@ class Authenticator:
         """A dumped state by our clock; what the wall's clock cannot be right about has expired."""
         now, wall = self._clock.now(), self._clock.wall()
         life = min(max(dumped.expires - dumped.obtained, 0), LIFE_LIMIT)
-        if dumped.obtained > wall:
-            return Active(dumped.access_token, now, now, dumped.refresh_token)
-        expires_at = now + min(dumped.expires - wall, life)
+        left = min(dumped.expires - wall, life) if dumped.obtained <= wall else 0
+        expires_at = now + left
         return Active(dumped.access_token, expires_at - life, expires_at, dumped.refresh_token)
 
     # What changes with the configuration, and at the end.
@@ -1648,8 +1644,9 @@ class Authenticator:
             after = config.accounts.get(name)
             if after is None or after.security() != account.security():
                 self._errors.pop(name, None)
-                if after is None and name in self._notifiers:
-                    self._notifiers.pop(name)()  # there will be no next one to end it
+                if after is None:
+                    self._not_before.pop(name, None)
+                    self._notifiers.pop(name, lambda: None)()  # there will be no next to end it
                 self._replace(name, None, None, SUPERSEDED)
         self._tokens = {name: self._tokens.get(name) for name in config.accounts}
         self._rescheduled()

@@ -2377,7 +2377,7 @@ class History:
         self.model, self.counter = Model(), 0
         self.world = World(self.text())
         self.live = {"x": None, "y": None}  # the account's post that nobody has answered
-        self.started = {"x": -9, "y": -9}  # when its last request was sent
+        self.started = {"x": -9, "y": -9}  # when its last refresh was sent
         self.dead, self.states, self.dumps = [], [], []
 
     def text(self):
@@ -2537,7 +2537,7 @@ class History:
         """A token with the moment at which it is to be refreshed."""
         obtained, expires = token["obtained"], token["expires"]
         early = max(expires - 90, obtained + min(10, (expires - obtained) / 2))
-        return {**token, "due": min(obtained + 5400, early)}
+        return {**token, "due": max(min(obtained + 5400, early), obtained + 1)}
 
     # Bookkeeping, and what must hold after every step.
 
@@ -2573,7 +2573,10 @@ class History:
             owner = post.form["client_secret"][0]
             assert self.live[owner] is None, "two requests in flight for one account"
             assert post.form["client_secret"] == f"{owner}{self.model.identity[owner]}"
-            self.live[owner], self.started[owner] = post, self.now()
+            if post.form["grant_type"] == "refresh_token":
+                assert self.now() >= self.started[owner] + 1, "refreshes come as a storm"
+                self.started[owner] = self.now()
+            self.live[owner] = post
         self.world.posts.clear()
 
     def check(self):
