@@ -104,7 +104,9 @@ SOCKET_CHECK = 60  # How often is the control socket looked at, when the loop is
 CLIENT_TIMEOUT = 10  # How long do clients wait for the server's next byte, `shutdown` for its end?
 
 # Sizes, in bytes.
+CONFIG_LIMIT = 16 << 20  # of a configuration file
 ANSWER_LIMIT = 1 << 20  # of a token endpoint's answer
+FORM_LIMIT = 64 << 10  # of one that is a form
 REQUEST_LIMIT = 64 << 10  # of a control request
 RESTORE_LIMIT = 16 << 20  # of one that brings a dump
 HEAD_LIMIT = 16 << 10  # of the head of an HTTP request
@@ -121,6 +123,7 @@ VERDICT_FAILURES = 6  # After how many failures in a row is transient_error_if_c
 COMMANDS_A_PASS = 16  # How many shell commands are started before others have their turn?
 ACCEPTS = 32  # How many connections are accepted before others have their turn?
 READS = 4  # How often is one connection read before others have their turn?
+FIELDS = 100  # How many fields may a query, a form or an HTTP head have?
 PORT_TRIES = 10  # How many ports are tried until both loopback families have the same one free?
 DESCRIPTORS = 1024  # The soft limit: enough for all the above, and cheap to close in a child.
 
@@ -242,12 +245,13 @@ class Config(Record):
     transient_error_if_cmd: str | None = None
 
 
-class Lexeme(Record):
+class Lexeme:
     """A lexical token: its kind (start, word, time, string, end, or the mark itself)."""
 
-    kind: str
-    text: str
-    at: int
+    __slots__ = ("at", "kind", "text")
+
+    def __init__(self, kind: str, text: str, at: int) -> None:
+        self.kind, self.text, self.at = kind, text, at
 
     def __str__(self) -> str:
         shown = self.text if len(self.text) <= 40 else self.text[:40] + "..."
@@ -293,29 +297,38 @@ def parse(text: str) -> Config:
 
 def config_error(text: str, at: int, message: str) -> ConfigError:
     """The error at an offset: place, message, that line (secrets starred), and a mark below it."""
-    hidden = without_values(text)
     start = text.rfind("\n", 0, at) + 1
     line, column = text.count("\n", 0, at) + 1, at - start + 1
-    window = max(start, at - 60)
-    before = hidden[window:at]
-    shown = re.sub(r"[^\t\x20-\x7e\xa0-\U0010ffff]", "?",
-                   before + hidden[at : at + 60].split("\n")[0])
+    near = max(0, at - CHUNK)  # enough to know what is inside a string, and never too much
+    hidden = without_values(text[near : at + CHUNK])
+    before = hidden[max(start, at - 60) - near : at - near]
+    after = hidden[at - near : at - near + 60].split("\n")[0]
+    shown = "".join(c if c == "\t" or c.isprintable() else "?" for c in before + after)
     margin = re.sub(r"[^\t]", " ", before)
-    return ConfigError(f"line {line}, column {column}: {message}\n    {shown}\n    {margin}^")
+    return ConfigError(
+        f"line {line}, column {column}: {printable(message)}\n    {shown}\n    {margin}^")
 
 
 def without_values(text: str) -> str:
-    """The text with stars for the value of every option that is, or may be meant as, a secret."""
-    gap, value = r"(?:\s|//[^\n]*\n)*", r'(?:"[^"\\]*(?:\\.[^"\\]*)*"?)?[^;\n]*'
-    known = {*Parser.GLOBAL_OPTIONS, *Parser.ACCOUNT_OPTIONS, *RENAMED} - {"client_secret"}
+    """The text with stars for all that is, or may be meant as, a secret: what follows a name that
+    is no known option's, or client_secret's, to the end of its line and of a string there."""
+    string = r'"[^"\\]*(?:\\.[^"\\]*)*"?'
+    known = {*Parser.GLOBAL_OPTIONS, *Parser.ACCOUNT_OPTIONS, *RENAMED, "account"}
+    harmless = "|".join(known - {"client_secret"}) + "|none|off|[0-9]+[smhd]"
+    gap = r"\s*(?://[^\n]*\n\s*)*"
 
     def starred(match: re.Match[str]) -> str:
-        stars = re.sub(r'[^"\n]', "*", match[3])
-        harmless = match[1] in known or re.fullmatch(r"[0-9]+[smhd]|none|off", match[3].strip())
-        return match[0] if harmless else match[1] + match[2] + stars
+        name, value = match["name"] or "", match["value"] or ""
+        if not name or re.fullmatch(
+                r'([\s=]*([0-9]+[smhd]|none|off)?|\s*"[^"]*"\s*\{)[^\w"]*', value):
+            return match[0]
+        return name + re.sub(r'[^"\s;=]', "*", value)
 
-    text = re.sub(rf"\b(\w+)({gap}={gap})({value})", starred, text, flags=re.DOTALL)
-    return re.sub(rf"\b(client_secret)({gap})(?![\s=])({value})", starred, text, flags=re.DOTALL)
+    return re.sub(rf"""(?P<name> "\w*(?i:secret|password)\w*" | (?!(?:{harmless})\b) \w+ )
+                       (?P<value> {gap} [=:>]* {gap} [^"\n]* (?: {string} [^"\n]* )*)
+                     | {string} | \w+ (?:{gap}= (?: (?!\w*(?i:secret)) \w+ | [^\w\n";] )* )?
+                  """, starred, text,
+                  flags=re.DOTALL | re.VERBOSE)
 
 
 def lexemes(text: str) -> Iterator[Lexeme]:
@@ -368,12 +381,14 @@ def split_uri(uri: str) -> urllib.parse.SplitResult:
                          " leave out the '#' and what follows")
     try:
         parts = urllib.parse.urlsplit(uri)
-        host, _ = parts.hostname or "", parts.port
+        host, _ = (parts.hostname or "")[:300], parts.port
         host.encode("ascii" if host.isascii() else "idna")
     except ValueError as error:
         raise ValueError(f"Invalid URI: {printable(str(error))}") from None
     if "@" in parts.netloc:
         raise ValueError("Invalid URI: a user name or password in it is not supported")
+    if len(host) > 253:
+        raise ValueError("Invalid URI: its host is too long")
     bracketed = parts.netloc.startswith("[") and re.fullmatch(r"[0-9a-f:.]*:[0-9a-f:.]*", host)
     if not bracketed and not re.fullmatch(r"[^\s%:<>?\[\\\]^|]+", host):
         raise ValueError("Invalid URI: its host is missing or misspelt;"
@@ -669,7 +684,11 @@ def authorization_request(account: Account, state: str, code_verifier: str,
 def authorization_response(query: str) -> AuthorizationResponse:
     """What a redirect's query says; a parameter given twice is a BadRequest (RFC 6749 3.1)."""
     found: dict[str, str] = {}
-    for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
+    try:
+        fields = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=FIELDS)
+    except ValueError:
+        raise BadRequest(400, "The address has too many fields.") from None
+    for name, value in fields:
         if name in found and name in AuthorizationResponse.__annotations__:
             raise BadRequest(400, f"The address has more than one '{name}'.")
         found[name] = value
@@ -703,13 +722,16 @@ def with_client_secret(form: dict[str, str], account: Account) -> dict[str, str]
 
 
 def without_secrets(text: str, form: dict[str, str]) -> str:
-    """A provider's message without control characters and the form's secrets, which it may echo."""
-    text = printable(text)
-    sent = [form.get(field, "") for field in ("code", "code_verifier", "refresh_token",
-                                              "client_secret")]
-    for secret in sorted({*sent, *map(urllib.parse.quote_plus, sent)}, key=len, reverse=True):
-        text = text.replace(secret, "...") if secret else text
-    return text
+    """A provider's message without control characters and the form's secrets, which it may echo,
+    as they are or escaped for a URL or a page."""
+    escapes = (str, printable, html.escape, urllib.parse.quote, urllib.parse.quote_plus,
+               partial(urllib.parse.quote, safe=""))
+    sent = {escape(form.get(field, "")) for escape in escapes
+            for field in ("code", "code_verifier", "refresh_token", "client_secret")} - {""}
+    longest_first = "|".join(map(re.escape, sorted(sent, key=len, reverse=True)))
+    for clean in (str, printable):
+        text = re.sub(longest_first, "...", clean(text), flags=re.IGNORECASE) if sent else text
+    return printable(text)
 
 
 def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes) -> bytes:
@@ -729,7 +751,8 @@ def token_response(outcome: bytes, form: dict[str, str]) -> TokenResponse:
         raise TransientError(without_secrets(body.decode("utf-8", "replace"), form), outage=True)
     answer = json_object(body)
     error = answer.get("error")
-    words = [word for word in (error, answer.get("error_description")) if isinstance(word, str)]
+    words = [word[:REQUEST_LIMIT] for word in (error, answer.get("error_description"))
+             if isinstance(word, str)]
     message = f"HTTP {status:.0f}" + "".join(f": {without_secrets(w, form)}" for w in words if w)
     if status in (408, 425, 429) or status >= 500:
         raise TransientError(message, True, delay)
@@ -755,8 +778,10 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 def form_fields(body: bytes, whole: bool) -> dict[str, Any]:
     """The fields of a form, as some providers answer, if the body is surely whole; or {}."""
-    text = body.decode("ascii", "replace").strip() if whole else ""
-    return dict(urllib.parse.parse_qsl(text)) if re.fullmatch(r"[!-~]+", text) else {}
+    text = body.decode("ascii", "replace").strip() if whole and len(body) <= FORM_LIMIT else ""
+    if not re.fullmatch(r"[!-~]+", text) or text.count("&") >= FIELDS:
+        return {}
+    return dict(urllib.parse.parse_qsl(text))
 
 
 def good_answer(answer: dict[str, Any]) -> TokenResponse | None:
@@ -856,6 +881,8 @@ def check_request_line(line: bytes, whole: bool) -> None:
 def host_header(headers: bytes) -> str:
     """The one Host among the header lines. Raises BadRequest, also for a body announced."""
     hosts = []
+    if headers.count(b"\n") >= FIELDS:
+        raise BadRequest(431, "The request has too many header lines.")
     for line in headers.split(b"\n") if headers else ():
         match = re.fullmatch(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r?", line)
         if match is None:
@@ -1107,9 +1134,16 @@ def read_dump(plaintext: bytes) -> dict[str, tuple[dict[str, Any], Dumped | None
 
 
 def chacha20(key: bytes, counter: int, nonce: bytes, data: bytes) -> bytes:
-    """Data xor the key stream (RFC 8439 2.4).
+    """Data xor the key stream (RFC 8439 2.4), 64 KiB at a time, which bounds the memory."""
+    slices = range(0, len(data), CHUNK)
+    return b"".join(chacha20_slice(key, counter + at // 64, nonce, data[at : at + CHUNK])
+                    for at in slices)
 
-    All blocks at once: each word of the state is one big integer with a 64-bit lane a block, whose
+
+def chacha20_slice(key: bytes, counter: int, nonce: bytes, data: bytes) -> bytes:
+    """A piece of that: all blocks at once.
+
+    Each word of the state is one big integer with a 64-bit lane a block, whose
     upper half takes carries and rotations until the mask clears it. 17 times as fast as block by
     block, so that a dump of 100 accounts can be made in the loop.
     """
@@ -1756,12 +1790,13 @@ def post_form(uri: str, form: dict[str, str]) -> bytes:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), AnyStatus)
     try:
         with opener.open(request) as response:
-            body = response.read(ANSWER_LIMIT + 1)
-            if response.length and len(body) <= ANSWER_LIMIT:
+            body = bytearray(ANSWER_LIMIT + 1)
+            size = response.readinto(body)  # read(n) would take a chunk of size -1 for endless
+            if response.length and size <= ANSWER_LIMIT:
                 raise OSError("the answer was cut short")
             whole = response.length is not None or response.chunked
             return outcome_bytes(response.status, retry_after(response.headers.get("Retry-After")),
-                                 whole, body if len(body) <= ANSWER_LIMIT else b"")
+                                 whole, bytes(body[:size]) if size <= ANSWER_LIMIT else b"")
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         host = urllib.parse.urlsplit(uri).netloc
@@ -2572,11 +2607,13 @@ def load_config(path: str, reloading: bool = False) -> Config:
         with open(descriptor, "rb") as file:
             if reloading and not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise PizauthError(f"{path} is no file, and only a file can be read anew")
-            data = file.read()
+            data = file.read(CONFIG_LIMIT + 1)
     except FileNotFoundError:
         raise PizauthError(f"No config file found at {path}") from None
     except OSError as error:
         raise PizauthError(f"Cannot read the configuration {path}: {error.strerror}") from None
+    if len(data) > CONFIG_LIMIT:
+        raise PizauthError(f"{path} has more than {CONFIG_LIMIT >> 20} MiB: is it the right file?")
     try:
         return parse(decode_config(data))
     except ConfigError as error:
@@ -2719,7 +2756,8 @@ class Server:
         about = minted(minting)
         for name, account in config.accounts.items():
             if not about and split_uri(account.redirect_uri).scheme == "https":
-                raise PizauthError(f"Account {name} has an 'https' redirect, which {NEEDS}")
+                raise PizauthError(
+                    f"Account {printable(name)} has an 'https' redirect, which {NEEDS}")
         if about:
             self.context = tls_context(about.pop("pem"), self.directory)
             self.about_https = about
@@ -2788,7 +2826,8 @@ class Server:
                 if self.context is None and split_uri(account.redirect_uri).scheme == "https":
                     why = f"which {NEEDS}, and restart" if self.https_missing else (
                         "but HTTPS was off when the server started: restart it")
-                    raise PizauthError(f"Account {name} has an 'https' redirect, {why}")
+                    raise PizauthError(
+                        f"Account {printable(name)} has an 'https' redirect, {why}")
             self.authenticator.reconfigure(config, self.adopt(self.bind_redirects(config, before)))
             self.log(INFO, f"Reloaded {self.path}")
         finally:
@@ -2903,6 +2942,7 @@ def tls_context(pem: str, directory: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # each would cost a handshake
+    context.set_ecdh_curve("prime256v1")  # 0.3 ms; a replayed hello of ffdhe8192 would cost 120 ms
     path = os.path.join(directory, "certificate.pem")
     if os.path.lexists(path):
         os.unlink(path)  # one that a killed server left; we hold the lock
