@@ -93,12 +93,14 @@ LIFE_LIMIT = 10 * 365 * 86400  # What expires_in is beyond belief?
 CONNECTION_TIMEOUT = 10  # How long may a client take to send a request, and then to read the reply?
 LONGEST_SLEEP = 37  # How late may we notice that the machine slept? (poll does not count that time)
 ERROR_LIMIT = 60  # How long may error_notify_cmd run?
-EVENT_RETRY = 1  # How long until an event is told again for which there was no process?
 EVENT_LIMIT = 10  # And token_event_cmd, which holds up the next event?
 VERDICT_LIMIT = 180  # And transient_error_if_cmd, which holds up the next refresh?
 FOR_EVER = float("inf")  # the limit of what has none
 STARTUP_PATIENCE = 60  # How long does READY=1 wait for startup_cmd, which may run for ever?
 GRACE = 2  # How long may what is in flight at the end still reach token_event_cmd?
+FORK_RETRY = 1  # How long until a shell command is started for which there was no process?
+LATE = 1  # How late must the loop be for a child's limit to count as slept through?
+AFTER_SLEEP = 5  # And how much more time does the child get then?
 PAUSE = 1  # How long is accepting paused when descriptors or memory have run out?
 SOCKET_CHECK = 60  # How often is the control socket looked at, when the loop is awake anyway?
 CLIENT_TIMEOUT = 10  # How long do clients wait for the server's next byte, `shutdown` for its end?
@@ -1192,12 +1194,16 @@ def seal(nonce: bytes, plaintext: bytes) -> bytes:
     return nonce + ciphertext + aead_tag(key, nonce, ciphertext)
 
 
+def check_seal(dump: bytes) -> None:
+    """Raise RequestError if these bytes were not sealed so. (The key is no secret: plain `!=`.)"""
+    if len(dump) < 28 or aead_tag(bytes.fromhex(DUMP_KEY), dump[:12], dump[12:-16]) != dump[-16:]:
+        raise RequestError("This is no dump of pizauth's, or it was changed or cut short")
+
+
 def unseal(dump: bytes) -> bytes:
     """What was sealed. Raises RequestError if these bytes were not sealed so."""
-    key, nonce, ciphertext, tag = bytes.fromhex(DUMP_KEY), dump[:12], dump[12:-16], dump[-16:]
-    if len(dump) < 28 or not secrets.compare_digest(aead_tag(key, nonce, ciphertext), tag):
-        raise RequestError("This is no dump of pizauth's, or it was changed or cut short")
-    return chacha20(key, 1, nonce, ciphertext)
+    check_seal(dump)
+    return chacha20(bytes.fromhex(DUMP_KEY), 1, dump[:12], dump[12:-16])
 
 
 # ---- Authenticator ----
@@ -1238,7 +1244,6 @@ class Authenticator:
         self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
         self._not_before: dict[str, float] = {}  # an account's next refresh, whoever asks for it
         self._events: list[tuple[str, str]] = []  # to be told; the first is being told
-        self._event_due: float | None = None  # when the first is told again, if it could not be
         self._notifiers: dict[str, Cancel] = {}  # each account's last auth_notify_cmd
         self._deadline: float | None = None
         self._deadline_known = False
@@ -1265,9 +1270,6 @@ class Authenticator:
 
     def _appointments(self) -> Iterator[tuple[float, Callable[..., None], str, Any]]:
         """All that is scheduled: when, what, and for which token."""
-        if self._event_due is not None:
-            name = self._events[0][0]
-            yield self._event_due, self._tell_next_event, name, self._tokens.get(name)
         for name, token in self._tokens.items():
             if isinstance(token, Pending):
                 yield token.remind_at, self._remind, name, token
@@ -1477,17 +1479,12 @@ class Authenticator:
             if len(self._events) == 1:
                 self._tell_next_event()
 
-    def _tell_next_event(self, *_: object) -> None:
-        self._event_due = None
+    def _tell_next_event(self) -> None:
         name, event = self._events[0]
         variables = {"PIZAUTH_EVENT": event}
         self._command("token_event_cmd", name, variables, EVENT_LIMIT, self._event_told)
 
     def _event_told(self, status: int | None, output: bytes) -> None:
-        self._event_due = self._clock.now() + EVENT_RETRY if status is None and output else None
-        self._rescheduled()
-        if self._event_due is not None:
-            return  # there was no process to be had, and the dump that it makes may matter
         del self._events[0]
         if self.config.token_event_cmd is None:  # since a reload
             self._events.clear()
@@ -1842,8 +1839,8 @@ def retry_after(value: str | None) -> float:
 
     if value is None:
         return 0
-    if re.fullmatch(r"[0-9]{1,9}", value.strip()):
-        return float(value)
+    if re.fullmatch(r"[0-9]+", value.strip()):
+        return min(float(value), RETRY_AFTER_LIMIT)
     try:
         return max(0, parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError, IndexError):
@@ -2165,13 +2162,23 @@ class Child:
             except OSError:
                 pass  # too young to have made its group, or another user's by sudo
 
-    def expire(self) -> None:
-        """It has reached its limit: its owner hears so at once, unless it has ended in time."""
-        if not self.reap():
-            then, self.then = self.then, None
-            if not self.spared:
-                self.kill()
-            self.loop.tell(then, None, b"")
+    def expire(self, now: float) -> None:
+        """It has reached its limit: its owner hears so at once, unless it has ended in time.
+
+        But if the limit passed while the machine slept, or we were stopped, so did the child: its
+        answer may be on its way, and may hold a rotated token.
+        """
+        if self.reap():
+            return
+        if now > self.deadline + LATE:
+            self.deadline = now + AFTER_SLEEP
+            return
+        then = self.then
+        if self.spared:
+            self.deadline = FOR_EVER  # and its owner hears of its end, too
+        else:
+            self.kill()
+        self.loop.tell(then, None, b"")
 
     def reap(self) -> bool:
         """Has it ended? Then its owner hears how."""
@@ -2205,7 +2212,7 @@ class TokenRequest(Record):
 
 
 class Command(Record):
-    """A shell command that waits to be started or runs."""
+    """A shell command that waits to be started, at `due` again, or runs."""
 
     command: str
     variables: Fields
@@ -2213,6 +2220,7 @@ class Command(Record):
     group: bool
     then: Ended
     spared: bool = False
+    due: float = 0
     child: Child | None = None
 
 
@@ -2234,6 +2242,7 @@ class Loop:
         self.paused: dict[Listener, float] = {}
         self.children: dict[int, Child] = {}
         self.refused: list[Callable[[], None]] = []  # tells those whose child could not be forked
+        self.fork_failed = False  # at the last try?
         self.requests: list[TokenRequest] = []
         self.commands: list[Command] = []  # that wait to be started
         self.signals = loop_signals()
@@ -2304,7 +2313,8 @@ class Loop:
         due = self.grace_ends if authenticator.stopping else authenticator.deadline()
         if due is not None:
             moments.append(due)
-        if self.refused or self.commands:
+        moments += [command.due for command in self.commands]
+        if self.refused:
             return 0
         return max(0, min(LONGEST_SLEEP, min(moments) - self.clock.now())) if moments else None
 
@@ -2323,11 +2333,11 @@ class Loop:
                 exchange.close()
         for child in [c for c in self.children.values()
                       if c.then is not None and c.deadline <= now]:
-            child.expire()
+            child.expire(now)
         refused, self.refused = self.refused, []
         for tell in refused:
             tell()
-        for command in self.commands[:COMMANDS_A_PASS]:
+        for command in [c for c in self.commands if c.due <= now][:COMMANDS_A_PASS]:
             self._start_command(command)
         for listener in [listener for listener, until in self.paused.items() if until <= now]:
             self._resume(listener)
@@ -2372,12 +2382,12 @@ class Loop:
     # Children.
 
     def fork(self, work: Callable[[], bytes], limit: float, then: Ended, group: bool = False,
-             spared: bool = False) -> Child | None:
+             spared: bool = False) -> Child:
         """Run work() in a child; then(exit status, what work returned) once it has ended, on a
         later pass.
 
-        After `limit` seconds it is killed, and then(None, b""). If there can be no child:
-        then(None, reason), and None returned.
+        After `limit` seconds it is killed, and then(None, b""). Raises OSError if there can be no
+        child.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)  # or the young child's ring our bell
         try:
@@ -2391,13 +2401,13 @@ class Loop:
             if pid == 0:
                 run_child(work, writer, FOR_EVER if spared else limit)
         except OSError as error:
-            reason = f"cannot start another process: {error.strerror}"
-            if not self.refused:
-                self.log(ERROR, reason)
-            self.refused.append(partial(self.tell, then, None, reason.encode()))
-            return None
+            if not self.fork_failed:  # told once, for there may be hundreds
+                self.log(ERROR, f"Cannot start another process: {error.strerror}")
+            self.fork_failed = True
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
+        self.fork_failed = False
         os.close(writer)
         os.set_blocking(reader, False)
         child = Child(self, pid, reader, limit, then)
@@ -2419,19 +2429,29 @@ class Loop:
                 request.child.kill()
 
     def _start_requests(self) -> None:
-        """Start what waits and has a slot, the urgent first; some slots are kept free for them."""
+        """Start what waits and has a slot: the urgent, for which some are kept free, then those of
+        the hosts that have the fewest, so that a host which hangs does not hold up the others."""
+        if self.grace_ends is not None:
+            return  # it would be killed with us, and may hold a rotated token by then
         hosts = [request.host for request in self.requests if request.child is not None]
         waiting = [request for request in self.requests if request.child is None]
-        for request in sorted(waiting, key=lambda request: not request.urgent):
+        for request in sorted(waiting, key=lambda one: (not one.urgent, hosts.count(one.host))):
             kind = "code" if request.urgent else "refresh"
             if len(hosts) >= TOKEN_REQUESTS[kind]:
                 break  # the urgent ones were first
             if hosts.count(request.host) < HOST_REQUESTS[kind]:
                 hosts.append(request.host)
-                work = partial(post_form, request.uri, request.form)
-                request.child = self.fork(work, TOKEN_REQUEST_LIMIT, partial(self._posted, request))
-                if request.child is None:
-                    self.requests.remove(request)
+                self._start_request(request)
+
+    def _start_request(self, request: TokenRequest) -> None:
+        posted = partial(self._posted, request)
+        work = partial(post_form, request.uri, request.form)
+        try:
+            request.child = self.fork(work, TOKEN_REQUEST_LIMIT, posted)
+        except OSError as error:
+            self.requests.remove(request)
+            reason = f"cannot start another process: {error.strerror}"
+            self.refused.append(partial(self.tell, posted, None, reason.encode()))
 
     def _posted(self, request: TokenRequest, status: int | None, output: bytes) -> None:
         if request in self.requests:
@@ -2454,10 +2474,14 @@ class Loop:
         return partial(self._cancel_command, waiting)
 
     def _start_command(self, command: Command) -> None:
-        self.commands.remove(command)
         work = partial(run_command, command.command, command.variables, self.descriptors)
-        command.child = self.fork(
-            work, command.limit, command.then, command.group, command.spared)
+        try:
+            command.child = self.fork(
+                work, command.limit, command.then, command.group, command.spared)
+        except OSError:
+            command.due = self.clock.now() + FORK_RETRY  # the dump that it makes may matter
+        else:
+            self.commands.remove(command)
 
     def _cancel_command(self, command: Command) -> None:
         if command in self.commands:
@@ -2549,6 +2573,9 @@ class Log:
 
     def __init__(self, verbosity: int, descriptor: int = 2) -> None:
         self.verbosity, self.descriptor = verbosity, descriptor
+        if os.isatty(descriptor):  # whose reader may have typed Ctrl-S
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
+            self.descriptor = os.open(os.ttyname(descriptor), flags)
         self.syslog: socket.socket | None = None
         self.lost = 0
 
@@ -2570,6 +2597,8 @@ class Log:
             if not select.select((), (self.descriptor,), (), 0)[1]:
                 return False
             write_all(self.descriptor, text + b"\n")
+        except BlockingIOError:
+            return False
         except OSError:
             pass  # nobody listens
         return True
@@ -2651,15 +2680,31 @@ def take_lock(directory: str) -> int:
         raise PizauthError("pizauth authenticator already running") from None
     except OSError as error:
         raise PizauthError(f"Cannot lock {path}: {error.strerror}") from None
+    if is_served(os.path.join(directory, SOCKET_NAME)):  # by the original, which has no lock
+        raise PizauthError("pizauth authenticator already running")
+    return lock  # no socket is there, or one that a killed server left behind
+
+
+def is_served(path: str) -> bool:
+    """Does anybody listen on a Unix socket?"""
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
         try:
-            probe.settimeout(1)  # one that is too busy to take us runs all the same
-            probe.connect(os.path.join(directory, SOCKET_NAME))
-        except (BlockingIOError, socket.timeout):
-            pass
+            probe.connect(path)
+        except BlockingIOError:
+            pass  # one that is too busy to take us runs all the same
         except OSError:
-            return lock  # nobody answers: no socket, or one that a killed server left behind
-    raise PizauthError("pizauth authenticator already running")
+            return False
+    return True
+
+
+def file_id(path: str) -> tuple[int, int] | None:
+    """What tells a file from one that takes its place; None if there is none."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def keep_from_sweepers(path: str) -> None:
@@ -2836,8 +2881,8 @@ class Server:
     # The control socket.
 
     def listen_to_clients(self, sock: socket.socket) -> None:
-        """Serve the control socket; remember which one is ours. Raises OSError if it is gone."""
-        self.control_inode = os.lstat(self.control_path).st_ino
+        """Serve the control socket, and remember which one is ours."""
+        self.control_id = file_id(self.control_path)
         self.control = Listener(self.loop, sock, "control", self.control_exchange)
         self.control_checked = self.clock.now()
 
@@ -2845,14 +2890,15 @@ class Server:
         return Exchange(self.loop, sock, "control", until_eof, self.authenticator.control)
 
     def check_socket(self) -> None:
-        """Bind anew a control socket that was swept away; end if another server has its place."""
+        """Bind anew a control socket that was swept away or replaced; end if another server has its
+        place."""
         self.control_checked = self.clock.now()
-        try:
-            if os.lstat(self.control_path).st_ino == self.control_inode:
-                return
+        if self.control_id is not None and file_id(self.control_path) == self.control_id:
+            return
+        if is_served(self.control_path):
             self.log(ERROR, f"Another server has taken over {self.control_path}: this one ends")
             self.authenticator.stopping = True
-        except OSError:
+        else:
             self.log(WARNING, f"{self.control_path} is gone: making it anew")
             self.remake_socket()
 
@@ -2860,12 +2906,8 @@ class Server:
         """Bind the control socket anew; what is in the way of that may pass until the next look."""
         try:
             make_runtime_directory()
-            replaced, sock = self.control, bind_control(self.control_path)
-            try:
-                self.listen_to_clients(sock)
-            except OSError:
-                sock.close()  # swept away again already
-                raise
+            replaced = self.control
+            self.listen_to_clients(bind_control(self.control_path))
             replaced.close()
         except (PizauthError, OSError) as error:
             self.log(ERROR, f"Cannot make the control socket anew: {error}")
@@ -2873,8 +2915,13 @@ class Server:
     # Its life.
 
     def run(self, ready: Callable[[], None] = lambda: None) -> None:
-        """Serve until told to stop and leave nothing behind; ready() says that clients can come."""
-        self.set_up_loop()
+        """Serve until told to stop and leave nothing behind; ready() says that clients can come.
+        Raises PizauthError before that."""
+        try:
+            self.set_up_loop()
+        except OSError as error:
+            os.unlink(self.control_path)
+            raise PizauthError(f"Cannot start the server: {error.strerror}") from None
         self.loop.catch_signals()
         self.note_pid()
         config = self.config
@@ -2916,11 +2963,8 @@ class Server:
         self.loop.kill_children()
         for listener in [self.control, *self.redirects["http"], *self.redirects["https"]]:
             listener.close()
-        try:
-            if os.lstat(self.control_path).st_ino == self.control_inode:
-                os.unlink(self.control_path)
-        except OSError:
-            pass  # swept away
+        if self.control_id is not None and file_id(self.control_path) == self.control_id:
+            os.unlink(self.control_path)
         fcntl.flock(self.lock, fcntl.LOCK_UN)  # a child just forked may still have it open
         os.close(self.lock)
         self.authenticator.farewell()
@@ -2963,7 +3007,7 @@ def notify(state: str) -> None:
         address = "\0" + path[1:] if path.startswith("@") else path
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.setblocking(False)
+                sock.settimeout(1)  # it may be busy, and kills what was never READY
                 sock.sendto(state.encode(), address)
         except OSError:
             pass  # nobody listens
@@ -2980,8 +3024,9 @@ def daemonise(server: Server) -> None:
     if child:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, loop_signals())
         os.close(writer)
-        if not os.read(reader, 1):
-            raise PizauthError("The server ended before it could answer")
+        word = os.read(reader, CHUNK)
+        if word != b"!":
+            raise PizauthError(word.decode() or "The server ended before it could answer")
         return
     os.close(reader)
     os.setsid()
@@ -2996,7 +3041,14 @@ def daemonise(server: Server) -> None:
         os.write(writer, b"!")
         os.close(writer)
 
-    server.run(ready)
+    try:
+        server.run(ready)
+    except PizauthError as error:
+        os.write(writer, str(error).encode())  # the parent says it
+        raise SystemExit(1) from None
+    except Exception:  # a bug of ours: standard error is /dev/null by now
+        server.log(ERROR, "The server ended: " + traceback.format_exc())
+        raise
 
 
 def limit_resources() -> int:
@@ -3111,7 +3163,9 @@ def info(options: argparse.Namespace) -> None:
 def dump(options: argparse.Namespace) -> None:
     reply = ask(b"dump:")
     if not reply or reply.startswith(b"error:"):
-        raise PizauthError("The server gave no dump" + reply[5:].decode("utf-8", "replace"))
+        why = reply.decode("utf-8", "replace").replace("error:", ": ", 1)
+        raise PizauthError(f"The server gave no dump{why}")
+    check_seal(reply)  # the server may have ended amid it, and an older dump be overwritten
     put(reply)
 
 
