@@ -6,7 +6,7 @@
     python3 test_pizauth.py demo [--stay]   the main job before your eyes, with its own provider
     python3 test_pizauth.py soak SECONDS    random histories, held against a model of the rules
     python3 test_pizauth.py fuzz SECONDS    mutations of good input, so long for each parser
-    python3 test_pizauth.py bench           what things cost, beside yardsticks of the same run
+    python3 test_pizauth.py bench [NAME]    what things cost, beside yardsticks of the same run
 
 All but the last two classes run without a socket or with a socket pair, by a clock that only
 tests move.
@@ -18,6 +18,7 @@ import base64
 import contextlib
 import errno
 import hashlib
+import hmac
 import http.server
 import importlib.util
 import io
@@ -5295,65 +5296,437 @@ def demonstrate(stay):
 
 # ---- Benchmarks ----
 
+LAUNCHER = "import sys, pizauth\nraise SystemExit(pizauth.main(sys.argv[1:]))\n"
+BARE_SERVER = """
+import selectors, socket, sys
+selector, listener = selectors.DefaultSelector(), socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1]); listener.listen(256); listener.setblocking(False)
+def accept():
+    sock = listener.accept()[0]
+    sock.setblocking(False)
+    selector.register(sock, selectors.EVENT_READ, lambda: read(sock))
+def read(sock):
+    if not sock.recv(65536):
+        sock.send(b'x' * 20)
+        selector.unregister(sock)
+        sock.close()
+selector.register(listener, selectors.EVENT_READ, accept)
+while True:
+    for key, _ in selector.select():
+        key.data()
+"""
+TOKEN_ENDPOINT = """
+import http.server, os, socketserver, threading
+answered = 0
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_): pass
+    def do_GET(self): self.reply(b'%d' % answered)
+    def do_POST(self):
+        global answered
+        self.rfile.read(int(self.headers['Content-Length']))
+        self.reply(b'{"access_token": "%s", "expires_in": 86400, "refresh_token": "%s"}' % (
+            os.urandom(20).hex().encode(), os.urandom(20).hex().encode()))
+        answered += 1
+    def reply(self, body):
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+class Server(socketserver.ThreadingTCPServer):
+    request_queue_size = 64
+servers = [Server(('127.0.0.1', 0), Handler) for _ in range(4)]
+print(*[server.server_address[1] for server in servers], flush=True)
+for server in servers[1:]:
+    threading.Thread(target=server.serve_forever).start()
+servers[0].serve_forever()
+"""
+HTTPS = account("secure", 'redirect_uri = "https://localhost/";')
+
+
+def accounts(count, ports=(1,)):
+    """A configuration of so many accounts, their token endpoints on these ports in turn."""
+    return "refresh_before_expiry = 1h;\n" + "".join(
+        account(f"a{number}").replace("t.example", f"127.0.0.1:{ports[number % len(ports)]}")
+        for number in range(count))
+
+
+def dump_of(path, life=86400, age=0):
+    """A dump in which every account of a configuration has a token."""
+    with open(path, encoding="utf-8") as file:
+        configured = pizauth.parse(file.read()).accounts.values()
+    obtained = time.time() - age
+    token = pizauth.Dumped("a" * 40, obtained, obtained + life, "r" * 40)
+    return pizauth.seal(bytes(12), pizauth.dump_bytes([(one, token) for one in configured]))
+
+
+def key_updates(port, count):
+    """A TLS 1.3 connection whose handshake is done, and so many KeyUpdates (RFC 8446 4.6.3), packed
+    as no library sends them."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    def expand(secret, label, length, size):
+        info = struct.pack(">HB", length, 6 + len(label)) + b"tls13 " + label + b"\0\1"
+        return hmac.digest(secret, info, f"sha{size}")[:length]
+
+    with tempfile.NamedTemporaryFile() as log:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.keylog_filename = log.name
+        sock = context.wrap_socket(socket.create_connection(("127.0.0.1", port)))
+        cipher = sock.cipher()[0]
+        secret = bytes.fromhex(re.search(
+            r"CLIENT_TRAFFIC_SECRET_0 \w+ (\w+)", log.read().decode())[1])
+    assert cipher.startswith("TLS_AES"), cipher
+    size, key_length, data = int(cipher[-3:]), int(cipher[8:11]) // 8, bytearray()
+    for _ in range(count):
+        key, nonce = expand(secret, b"key", key_length, size), expand(secret, b"iv", 12, size)
+        data += b"\x17\3\3\0\x16" + AESGCM(key).encrypt(
+            nonce, b"\x18\0\0\1\1\x16", b"\x17\3\3\0\x16")
+        secret = expand(secret, b"traffic upd", size // 8, size)
+    return socket.socket(fileno=sock.detach()), bytes(data)
+
 
 class Bench:
-    """Ours and a yardstick, taken in turn in one run: medians, and their ratio."""
+    """Ours beside a yardstick, taken in turn in one run: medians, and their ratio. What is read from
+    /proc needs Linux."""
 
     ROUNDS = 25
+    WIDTHS = (54, 10, 36, 10, 6, 0)
 
     def __init__(self):
-        self.rows = []
         # The interpreter itself, no launcher of it, and nothing that changes how it starts.
-        self.python = os.path.realpath(sys.executable)
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        self.ends = contextlib.ExitStack()
+        self.home = self.ends.enter_context(tempfile.TemporaryDirectory(prefix="piz"))
+        shutil.copy(PROGRAM, self.home)
+        self.launcher = os.path.join(self.home, "launcher")
+        with open(self.launcher, "w", encoding="ascii") as file:
+            file.write(LAUNCHER)
+        self.process(self.launcher, "--version")  # which caches the bytecode
+
+    def run(self, names):
+        """Measure all, or the sections that are named, and print the table."""
+        sections = [self.show, self.requests, self.start, self.memory, self.idle, self.tls,
+                    self.growth, self.tokens, self.load]
+        with open(PROGRAM, encoding="utf-8") as file:
+            self.lines = len(file.readlines())
+        print(f"Python {sys.version.split()[0]}, {os.cpu_count()} processors, {self.lines} lines")
+        with self.ends:
+            self.row("what", "ours", "yardstick", "takes", "ratio", "reach")
+            for section in sections:
+                if not names or section.__name__ in names:
+                    section()
+        return 0
+
+    def row(self, *cells):
+        """A row of the table, printed at once, for some take a minute."""
+        line = "  ".join(str(cell).ljust(width) for cell, width in zip(cells, self.WIDTHS))
+        print(line.rstrip(), flush=True)
 
     def process(self, *arguments, environment=None):
         """How long a process takes, from start to end, in seconds."""
         start = time.perf_counter()
-        subprocess.run([self.python, *arguments], env=environment or self.environment,
-                       stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([sys.executable, *arguments], env=environment or self.environment,
+                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
         return time.perf_counter() - start
 
-    def compare(self, what, ours, yardstick_name, yardstick):
-        """Take both in turn and add a row."""
-        pairs = [(ours(), yardstick()) for _ in range(self.ROUNDS)]
+    def compare(self, what, ours, name, yardstick, reach, rounds=ROUNDS):
+        """Take both in turn and print a row of medians."""
+        pairs = [(ours(), yardstick()) for _ in range(rounds)]
         mine, other = (statistics.median(times) for times in zip(*pairs))
-        self.rows.append((what, f"{mine * 1000:.1f} ms", yardstick_name, f"{other * 1000:.1f} ms",
-                          f"{mine / other:.2f}"))
+        self.row(what, f"{mine * 1000:.1f} ms", name, f"{other * 1000:.1f} ms",
+                 f"{mine / other:.2f}", reach)
 
-    def run(self):
-        """Measure all, and print the table."""
-        names = [f"account {number}" for number in range(100)]
-        with Daemon("".join(map(account, names))) as daemon:
-            assert daemon.ask(b"restore:" + dump_of(daemon.config)) == b"ok:"
-            environment = {name: value for name, value in daemon.environment.items()
-                           if not name.startswith("PYTHON")}
+    @contextlib.contextmanager
+    def daemon(self, text, program=None, tokens=True):
+        """A server, by the launcher if not said otherwise; its accounts have tokens."""
+        daemon = Daemon(text)
+        daemon.environment = {name: value for name, value in daemon.environment.items()
+                              if not name.startswith("PYTHON")}
+        daemon.program = [program or self.launcher]
+        with daemon:
+            if tokens:
+                assert daemon.ask(b"restore:" + dump_of(daemon.config)) == b"ok:"
+            yield daemon
 
-            def client(*arguments):
-                return lambda: self.process(PROGRAM, *arguments, environment=environment)
+    @contextlib.contextmanager
+    def endpoint(self):
+        """The ports of a token endpoint, in a process of its own, that grants all, and counts."""
+        process = subprocess.Popen([sys.executable, "-c", TOKEN_ENDPOINT], env=self.environment,
+                                   stdout=subprocess.PIPE, text=True)
+        try:
+            yield process.stdout.readline().split()
+        finally:
+            process.kill()
+            process.communicate()
 
-            def bare():
-                return self.process("-c", "pass")
+    def number(self, pid, file, name=""):
+        """The number that follows a name in a file of /proc, or the first there."""
+        with open(f"/proc/{pid}/{file}", encoding="ascii") as lines:
+            return int(re.search(rf"(?m)^{name}\s*([0-9]+)", lines.read())[1])
 
-            self.compare("show ACCOUNT, as a script", client("show", names[50]),
-                         "python3 -c pass", bare)
-            self.compare("dump of 100 accounts", client("dump"), "python3 -c pass", bare)
-            assert daemon.run("show", names[50]).returncode == 0
-        head = ("what", "ours", "yardstick", "takes", "ratio")
-        widths = [max(len(row[column]) for row in [head, *self.rows]) for column in range(5)]
-        for row in [head, *self.rows]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-        return 0
+    def resident(self, daemon):
+        """The memory that a server has, in MiB."""
+        return self.number(daemon.process.pid, "status", "VmRSS:") / 1024
 
+    def ask_often(self, ask, count, pause=0.0):
+        """How long each of so many showtokens takes, in seconds, sorted."""
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            reply = ask(b"showtoken:withurl a0")
+            times.append(time.perf_counter() - start)
+            assert reply, "no answer"
+            time.sleep(pause)
+        return sorted(times)
 
-def dump_of(path, life=86400):
-    """A dump in which every account of a configuration has a token."""
-    with open(path, encoding="utf-8") as file:
-        accounts = pizauth.parse(file.read()).accounts.values()
-    now = time.time()
-    token = pizauth.Dumped("a" * 40, now, now + life, "r" * 40)
-    return pizauth.seal(bytes(12), pizauth.dump_bytes([(one, token) for one in accounts]))
+    def show(self):
+        script = os.path.join(self.home, "pizauth.py")
+        with self.daemon(accounts(100)) as daemon:
+            def run(*arguments):
+                return lambda: self.process(*arguments, environment=daemon.environment)
+
+            pass_, bare = run("-c", "pass"), "python3 -c pass"
+            self.compare("show ACCOUNT, by the launcher", run(self.launcher, "show", "a0"), bare,
+                         pass_, "<= 1.35", 50)
+            self.compare("show ACCOUNT, as a script", run(script, "show", "a0"), bare, pass_,
+                         f"<= {1.3 + 0.7 * self.lines / 1000:.2f}", 50)
+            self.compare(
+                "dump of 100 accounts, by the launcher", run(self.launcher, "dump"), bare, pass_,
+                "<= 10")
+
+    def requests(self):
+        path = os.path.join(self.home, "bare")
+        bare = subprocess.Popen([sys.executable, "-c", BARE_SERVER, path], env=self.environment)
+        self.ends.callback(bare.wait)
+        self.ends.callback(bare.kill)
+        until(lambda: os.path.exists(path))
+        yardstick = types.SimpleNamespace(socket=path)
+        for count in (1, 1000):
+            with self.daemon(accounts(count)) as daemon:
+                rounds = [[self.ask_often(ask, 500) for ask in (
+                    daemon.ask, lambda request: Daemon.ask(yardstick, request))]
+                    for _ in range(20)]
+            for what, value, better in (
+                    (f"requests a second, {count} account(s)", lambda times: 500 / sum(times), ">= 0.9"),
+                    ("  99th percentile, microseconds", lambda times: times[494] * 1e6, "")):
+                ours, theirs = (statistics.median(map(value, side)) for side in zip(*rounds))
+                self.row(what, f"{ours:.0f}", "bare selectors server", f"{theirs:.0f}",
+                         f"{ours / theirs:.2f}", better)
+
+    def start(self):
+        imports = "import ssl, urllib.request"
+        for what, more, name, yardstick, reach in (
+            ("HTTP alone", "", imports, (imports,), "<= 1.0"),
+            ("with HTTPS", HTTPS, "that and import cryptography.x509",
+             (imports, "import cryptography.x509"), "<= 1.2"),
+        ):
+            daemon = Daemon(accounts(1) + more)
+            self.ends.callback(daemon.__exit__)
+
+            def start(daemon=daemon):
+                begin = time.perf_counter()
+                daemon.process = subprocess.Popen(
+                    [sys.executable, self.launcher, "server", "-d"], env=daemon.environment)
+                while not daemon.answers():
+                    time.sleep(0.0005)
+                took = time.perf_counter() - begin
+                daemon.ask(b"shutdown:")
+                daemon.process.wait()
+                return took
+
+            daemon.environment = {**self.environment, **{
+                name: daemon.directory for name in ("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME")}}
+            self.compare(f"start to first answer, {what}", start, name, lambda code=yardstick: sum(
+                self.process("-c", line) for line in code), reach)
+
+    def memory(self):
+        script = os.path.join(self.home, "pizauth.py")
+        for name, program, more in (("launcher", self.launcher, 0), ("script", script, 5)):
+            for what, text, reach in (("HTTP alone", "", 13), ("with HTTPS", HTTPS, 18)):
+                with self.daemon(accounts(1) + text, program, tokens=False) as daemon:
+                    daemon.ask(b"status:")
+                    self.row(f"memory after start, by the {name}, {what}",
+                             f"{self.resident(daemon):.1f} MiB", "", "", "",
+                             f"<= {reach + more} MiB")
+                    with open(f"/proc/{daemon.process.pid}/maps", encoding="utf-8") as file:
+                        assert "cryptography" not in file.read()
+        with self.endpoint() as ports, self.daemon(accounts(1000, ports), tokens=False) as daemon:
+            before = self.resident(daemon)
+            self.refresh(daemon, ports, 1000)
+            after = self.resident(daemon)
+            self.row("memory after 1,000 accounts restored and refreshed once",
+                     f"{after:.1f} MiB", "before", f"{before:.1f} MiB")
+            self.row("  more for an account", f"{(after - before) * 1.024:.2f} KiB", "", "", "",
+                     "<= 2 KiB")
+            for _ in range(2):
+                before = self.resident(daemon)
+                self.ask_often(daemon.ask, 50_000)
+            self.row("memory after 100,000 requests", f"{self.resident(daemon):.1f} MiB",
+                     "after 50,000", f"{before:.1f} MiB", "", "flat")
+
+    def refresh(self, daemon, ports, count):
+        """Have so many accounts restored that are due at once, and wait until all are refreshed;
+        how long that took, and the latencies of showtokens meanwhile."""
+        start, times = time.perf_counter(), []
+        assert daemon.ask(b"restore:" + dump_of(daemon.config, 6000, 3600)) == b"ok:"
+        while int(visit(f"http://127.0.0.1:{ports[0]}/")[1]) < count:
+            times += self.ask_often(daemon.ask, 20, 0.002)
+            assert time.perf_counter() < start + 300
+        until(lambda: not daemon.children())
+        return time.perf_counter() - start, sorted(times)
+
+    def idle(self):
+        with self.daemon(accounts(1), tokens=False) as empty, self.daemon(accounts(1000)) as full:
+            time.sleep(2)
+            names = ("nothing scheduled", "1,000 accounts Active")
+            before = [self.usage(daemon) for daemon in (empty, full)]
+            time.sleep(60)
+            for name, daemon, (wakes, used), reach in zip(
+                    names, (empty, full), before, ("0", "<= 4")):
+                now_wakes, now_used = self.usage(daemon)
+                self.row(f"wake-ups in 60 s, {name}", now_wakes - wakes, "", "", "", reach)
+                self.row("  processor time", f"{now_used - used:.1f} ms", "", "", "", "<= 5 ms")
+
+    def usage(self, daemon):
+        """How often a server has waited, and its processor time in milliseconds."""
+        pid = daemon.process.pid
+        return (self.number(pid, "status", "voluntary_ctxt_switches:"),
+                self.number(pid, "schedstat") / 1e6)
+
+    def tls(self):
+        with self.daemon(accounts(1) + HTTPS) as daemon:
+            port = int(json.loads(daemon.ask(b"info:"))["https_port"])
+            quiet = self.ask_often(daemon.ask, 3000)[-1]
+            hello = self.client_hello()
+            for what, flood in (
+                ("a TLS client floods KeyUpdates", lambda: [key_updates(port, 2300)]),
+                ("20 TLS clients flood KeyUpdates", lambda: [
+                    key_updates(port, 2300) for _ in range(20)]),
+                ("40 TLS clients shake hands a byte at a time", lambda: [
+                    (socket.create_connection(("127.0.0.1", port)), hello) for _ in range(40)]),
+            ):
+                with self.feeding(flood(), 1 if "byte" in what else 1 << 16):
+                    worst = self.ask_often(daemon.ask, 5000)[-1]
+                self.row(f"worst showtoken while {what}", f"{worst * 1000:.1f} ms",
+                         "the worst without", f"{quiet * 1000:.1f} ms", "", "<= 50 ms")
+
+    def client_hello(self):
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = ssl.create_default_context().wrap_bio(
+            incoming, outgoing, server_hostname="localhost")
+        with contextlib.suppress(ssl.SSLWantReadError):
+            client.do_handshake()
+        return outgoing.read()
+
+    @contextlib.contextmanager
+    def feeding(self, pairs, piece):
+        """A child sends to each socket its data, in pieces, until all is sent or this ends."""
+        pid = os.fork()
+        if pid == 0:
+            for sock, _ in pairs:
+                sock.setblocking(False)
+            while pairs:
+                for sock, data in pairs[:]:
+                    pairs.remove((sock, data))
+                    try:
+                        data = data[sock.send(data[:piece]) :]
+                    except BlockingIOError:
+                        pass
+                    except OSError:
+                        continue
+                    if data:
+                        pairs.append((sock, data))
+            os._exit(0)
+        for sock, _ in pairs:
+            sock.close()
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def growth(self):
+        for what, prepare, act in (
+            ("parsing", lambda text: text, pizauth.parse),
+            ("a dump", lambda text: self.restored(World(text)), World.dump),
+            ("a restore", lambda text: (World(text), self.restored(World(text)).dump()),
+             lambda pair: pair[0].restore(pair[1])),
+        ):
+            times = []
+            for count in (1000, 100):
+                text = accounts(count)
+                runs = []
+                for _ in range(7):
+                    prepared, start = prepare(text), time.perf_counter()
+                    act(prepared)
+                    runs.append(time.perf_counter() - start)
+                times.append(statistics.median(runs))
+            self.row(f"{what} of 1,000 accounts", f"{times[0] * 1000:.1f} ms", "of 100",
+                     f"{times[1] * 1000:.1f} ms", f"{times[0] / times[1]:.1f}", "about 10")
+
+    def restored(self, world):
+        """A world whose accounts all have tokens."""
+        token = pizauth.Dumped("a" * 40, world.clock.wall(), world.clock.wall() + 3600, "r" * 40)
+        assert world.restore(pizauth.seal(bytes(12), pizauth.dump_bytes(
+            [(one, token) for one in world.auth.config.accounts.values()]))) == "ok:"
+        return world
+
+    def tokens(self):
+        imports = "import urllib.request"
+        with self.endpoint() as ports, self.daemon(accounts(30, ports)) as daemon:
+            names = iter(range(30))
+
+            def refresh():
+                name = f"a{next(names)}".encode()
+                start = time.perf_counter()
+                daemon.ask(b"refresh:withurl " + name)
+                while daemon.ask(b"showtoken:withurl " + name).endswith(b"a" * 40):
+                    time.sleep(0.0005)
+                return time.perf_counter() - start
+
+            self.compare("a token request, from due to done", refresh, imports,
+                         lambda: self.process("-c", imports), "<= 1.5")
+        with self.endpoint() as ports, self.daemon(accounts(200, ports), tokens=False) as daemon:
+            took, times = self.refresh(daemon, ports, 200)
+            self.row("200 token requests due at once", f"{took:.1f} s", "", "", "", "<= 10 s")
+            self.row("  99th percentile of showtoken meanwhile",
+                     f"{times[int(len(times) * 0.99)] * 1000:.1f} ms", "", "", "", "<= 15 ms")
+
+    def load(self):
+        """Under load: 1,000 accounts, half of them at a provider that hangs, silent clients, half
+        a handshake without end; and whether all is as it was when that is over."""
+        hole = socket.create_server(("127.0.0.1", 0))
+        text = accounts(1000, (1, hole.getsockname()[1])) + HTTPS
+        with hole, self.daemon(text) as daemon:
+            port = int(json.loads(daemon.ask(b"info:"))["https_port"])
+            quiet = self.ask_often(daemon.ask, 5000)
+            descriptors = daemon.descriptors()
+            with contextlib.ExitStack() as stack:
+                for number in range(1, 1000, 2):
+                    daemon.ask(b"refresh:withurl a%d" % number)
+                for _ in range(200):
+                    stack.enter_context(socket.socket(socket.AF_UNIX)).connect(daemon.socket)
+                    half = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                    half.sendall(self.client_hello()[:200])
+                loaded = self.ask_often(daemon.ask, 5000)
+            (slow, fast) = (times[4950] * 1000 for times in (loaded, quiet))
+            self.row("under load: 99th percentile of showtoken", f"{slow:.2f} ms", "without",
+                     f"{fast:.2f} ms", f"{slow / fast:.2f}", "<= 5")
+            self.ask_often(daemon.ask, 1000)
+            before = self.resident(daemon)
+            self.ask_often(daemon.ask, 100_000)
+            self.row("  memory after 100,000 requests more", f"{self.resident(daemon):.1f} MiB",
+                     "before them", f"{before:.1f} MiB", "", "< 1 MiB more")
+            hole.close()
+            for number in range(1, 1000, 2):
+                daemon.ask(b"revoke:a%d" % number)
+            until(lambda: not daemon.children(), 40)
+            until(lambda: daemon.descriptors() == descriptors)
+            self.row("  descriptors and children when all is over",
+                     f"{daemon.descriptors()}, {len(daemon.children())}", "before",
+                     f"{descriptors}, 0", "", "equal")
 
 
 def load_tests(loader, tests, pattern):
@@ -5369,8 +5742,8 @@ if __name__ == "__main__":
         raise SystemExit(soak(float(sys.argv[2])))
     if sys.argv[1:2] == ["fuzz"] and len(sys.argv) > 2:
         raise SystemExit(fuzz(float(sys.argv[2]), sys.argv[3:] or FUZZERS))
-    if sys.argv[1:] == ["bench"]:
-        raise SystemExit(Bench().run())
+    if sys.argv[1:2] == ["bench"]:
+        raise SystemExit(Bench().run(sys.argv[2:]))
     if sys.argv[1:] in (["demo"], ["demo", "--stay"]):
         try:
             raise SystemExit(demonstrate("--stay" in sys.argv))
