@@ -3959,6 +3959,13 @@ class ManualTest(unittest.TestCase):
         for option in pizauth.Parser.GLOBAL_OPTIONS:
             self.assertIn(option, text)
 
+    def test_every_name_that_the_readme_points_at_is_in_the_program(self):
+        names = re.findall(r"\b([A-Za-z_]\w+)\(\)", self.read("README"))
+        self.assertGreater(len(names), 25)
+        program = self.read("pizauth.py")
+        self.assertEqual(
+            [name for name in names if not re.search(rf"(?m)^ *(def|class) {name}\b", program)], [])
+
     def test_the_readme_has_the_two_commands(self):
         text = self.read("README")
         self.assertIn("python3 test_pizauth.py demo\n", text)
@@ -5387,8 +5394,8 @@ def key_updates(port, count):
 
 
 class Bench:
-    """Ours beside a yardstick, taken in turn in one run: medians, and their ratio. What is read from
-    /proc needs Linux."""
+    """Ours beside a yardstick, taken in turn in one run: medians, and their ratio. It needs
+    Linux's /proc."""
 
     ROUNDS = 25
     WIDTHS = (54, 10, 36, 10, 6, 0)
@@ -5509,7 +5516,8 @@ class Bench:
                     daemon.ask, lambda request: Daemon.ask(yardstick, request))]
                     for _ in range(20)]
             for what, value, better in (
-                    (f"requests a second, {count} account(s)", lambda times: 500 / sum(times), ">= 0.9"),
+                    (f"requests a second, {count} account(s)",
+                     lambda times: 500 / sum(times), ">= 0.9"),
                     ("  99th percentile, microseconds", lambda times: times[494] * 1e6, "")):
                 ours, theirs = (statistics.median(map(value, side)) for side in zip(*rounds))
                 self.row(what, f"{ours:.0f}", "bare selectors server", f"{theirs:.0f}",
@@ -5536,8 +5544,8 @@ class Bench:
                 daemon.process.wait()
                 return took
 
-            daemon.environment = {**self.environment, **{
-                name: daemon.directory for name in ("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME")}}
+            places = dict.fromkeys(("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"), daemon.directory)
+            daemon.environment = {**self.environment, **places}
             self.compare(f"start to first answer, {what}", start, name, lambda code=yardstick: sum(
                 self.process("-c", line) for line in code), reach)
 
