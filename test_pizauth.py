@@ -2458,7 +2458,7 @@ class History:
         """Take each step and check every invariant after it. Raises AssertionError."""
         acts = (self.show, self.show, self.refresh, self.revoke, self.visit, self.visit, self.visit,
                 self.provider, self.provider, self.provider, self.provider, self.late, self.command,
-                self.command, self.wait, self.wait, self.reload, self.dump, self.restore)
+                self.command, self.outage, self.wait, self.wait, self.reload, self.dump, self.restore)
         for kind, a, b in steps:
             acts[kind % len(acts)]("xy"[a % 2], b)
             self.settle()
@@ -2472,6 +2472,7 @@ class History:
             assert reply == f"access_token:{token['token']}", (reply, token)
         elif isinstance(token, dict):
             assert reply.startswith("error:Access token has expired. Refreshing"), reply
+            token["wanted"] = True
         else:
             self.model.accounts[name] = "pending"
             assert reply.startswith("pending:http"), reply
@@ -2481,6 +2482,7 @@ class History:
         token, reply = self.expired(name), self.world.refresh(name)
         if isinstance(token, dict) and token["refresh"]:
             assert reply == "scheduled:", reply
+            token["wanted"] = True
         elif isinstance(token, dict):
             assert "has no refresh token" in reply, reply
         else:
@@ -2548,14 +2550,26 @@ class History:
 
     def command(self, name, b):
         """A shell command ends."""
-        for command in self.world.commands[:1]:
-            self.world.commands.remove(command)
+        if self.world.commands:
+            command = self.world.commands.pop(b // 7 % len(self.world.commands))
             status = (0, 0, 1, None, 126, 0)[b % 6]
             cancelled = command.cancelled
             command.end(status)
             owner = command.variables["PIZAUTH_ACCOUNT"]
             if command.command == "i" and not cancelled and status in (1, None):
                 self.model.change(owner, None, "token_invalidated")
+
+    def outage(self, name, b):
+        """Some attempts to refresh fail, one after the other."""
+        for _ in range(b % 8):
+            token, due = self.model.accounts[name], self.world.auth.deadline()
+            if isinstance(token, dict) and token["refresh"] and due is not None:
+                self.world.clock.moment = max(due, self.now())
+                self.settle()
+                post, self.live[name] = self.live[name], None
+                if post is not None:
+                    post.fail()
+                    token["due"] = self.now() + 7
 
     def wait(self, name, b):
         """Time passes, or jumps as after a suspension; the wall's clock may be set."""
@@ -2644,7 +2658,10 @@ class History:
             assert self.live[owner] is None, "two requests in flight for one account"
             assert post.form["client_secret"] == f"{owner}{self.model.identity[owner]}"
             if post.form["grant_type"] == "refresh_token":
+                token = self.model.accounts[owner]
                 assert self.now() >= self.started[owner] + 1, "refreshes come as a storm"
+                assert post.form["refresh_token"] == token["refresh"], "an old refresh token"
+                assert token.pop("wanted", False) or self.now() >= token["due"], "too early"
                 self.started[owner] = self.now()
             self.live[owner] = post
         self.world.posts.clear()
