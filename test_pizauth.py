@@ -2458,7 +2458,8 @@ class History:
         """Take each step and check every invariant after it. Raises AssertionError."""
         acts = (self.show, self.show, self.refresh, self.revoke, self.visit, self.visit, self.visit,
                 self.provider, self.provider, self.provider, self.provider, self.late, self.command,
-                self.command, self.outage, self.wait, self.wait, self.reload, self.dump, self.restore)
+                self.command, self.outage, self.wait, self.wait, self.reload, self.dump,
+                self.restore)
         for kind, a, b in steps:
             acts[kind % len(acts)]("xy"[a % 2], b)
             self.settle()
