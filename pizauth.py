@@ -55,8 +55,8 @@ import sys
 
 TYPE_CHECKING = False  # `typing` would cost every `show` 2 ms; mypy takes this name for its own
 if TYPE_CHECKING:
-    import argparse, base64, difflib, errno, fcntl, gc, hashlib, html, json, re, resource, secrets
-    import select, selectors, signal, socket, ssl, time, traceback, urllib.parse
+    import argparse, binascii, errno, fcntl, gc, json, re, resource, select, selectors, signal
+    import socket, ssl, time, urllib.parse
     from collections.abc import Iterator, Mapping
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -70,11 +70,15 @@ if TYPE_CHECKING:
 
 
 def server_imports() -> None:
-    """Bind what only the server needs: `show` runs at every login and must not pay for it."""
-    global base64, difflib, errno, fcntl, gc, hashlib, html, json, re, resource, secrets
-    global select, selectors, signal, socket, time, traceback, urllib, partial
-    import base64, difflib, errno, fcntl, gc, hashlib, html, json, re, resource, secrets
-    import select, selectors, signal, socket, time, traceback, urllib.parse
+    """Bind what only the server needs: `show` runs at every login and must not pay for it.
+
+    A server sits in memory for months, so it does without secrets and hashlib, which bring in
+    libcrypto (3.7 MiB), and without html, base64, difflib and traceback (1.2 MiB).
+    """
+    global binascii, errno, fcntl, gc, json, re, resource, select, selectors, signal
+    global socket, time, urllib, partial
+    import binascii, errno, fcntl, gc, json, re, resource, select, selectors, signal
+    import socket, time, urllib.parse
     from functools import partial
 
 
@@ -140,6 +144,18 @@ ERROR, WARNING, INFO, DEBUG, TRACE = range(5)  # levels of the log; -v adds one
 def printable(text: str) -> str:
     """The text without control characters: what comes from outside must not drive a terminal."""
     return "".join(c for c in text if c.isprintable())
+
+
+def html_text(text: str) -> str:
+    """The text as it is written in a page, between tags or in an attribute."""
+    return text.translate({38: "&amp;", 60: "&lt;", 62: "&gt;", 34: "&quot;", 39: "&#x27;"})
+
+
+def stack_trace() -> str:
+    """Where the exception being handled came from: it is a bug of ours."""
+    import traceback
+
+    return traceback.format_exc()
 
 
 class PizauthError(Exception):
@@ -528,6 +544,8 @@ class Parser:
         block = self.lexeme.kind in ("string", "{")
         known = ["account"] if block else [
             *readers, *(() if readers is self.ACCOUNT_OPTIONS else ["account"])]
+        import difflib
+
         near = difflib.get_close_matches(name[:64].lower(), known, 1, 0.6)
         hint = f": did you mean '{near[0]}'?" if near else f": they are {', '.join(sorted(known))}"
         return f"Unknown {'block' if block else 'option'} '{name[:64]}'{hint}"
@@ -658,10 +676,27 @@ class TokenResponse(Record):
     refresh_token: str | None
 
 
+def sha256(data: bytes) -> bytes:
+    """The digest by Python's own code where that was built, for hashlib loads libcrypto."""
+    for module in ("_sha2", "_sha256", "hashlib"):
+        try:
+            new = __import__(module).sha256
+            break
+        except ImportError:
+            pass  # this is of another version, or Python was built without
+    digest: bytes = new(data).digest()
+    return digest
+
+
+def base64url(data: bytes) -> str:
+    """The data in base64url without padding (RFC 7636 A)."""
+    text = binascii.b2a_base64(data, newline=False).rstrip(b"=")
+    return text.translate(bytes.maketrans(b"+/", b"-_")).decode()
+
+
 def code_challenge(code_verifier: str) -> str:
     """The S256 challenge of a verifier (RFC 7636 4.2)."""
-    digest = hashlib.sha256(code_verifier.encode()).digest()
-    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+    return base64url(sha256(code_verifier.encode()))
 
 
 def authorization_request(account: Account, state: str, code_verifier: str,
@@ -726,7 +761,7 @@ def with_client_secret(form: dict[str, str], account: Account) -> dict[str, str]
 def without_secrets(text: str, form: dict[str, str]) -> str:
     """A provider's message without control characters and the form's secrets, which it may echo,
     as they are or escaped for a URL or a page."""
-    escapes = (str, printable, html.escape, urllib.parse.quote, urllib.parse.quote_plus,
+    escapes = (str, printable, html_text, urllib.parse.quote, urllib.parse.quote_plus,
                partial(urllib.parse.quote, safe=""))
     sent = {escape(form.get(field, "")) for escape in escapes
             for field in ("code", "code_verifier", "refresh_token", "client_secret")} - {""}
@@ -921,9 +956,9 @@ def page(status: int, text: str) -> bytes:
         '<meta name="color-scheme" content="light dark">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>pizauth</title><style>{style}</style>"
-        f"<h1>pizauth</h1><p>{html.escape(printable(text))}</p></html>\n"
+        f"<h1>pizauth</h1><p>{html_text(printable(text))}</p></html>\n"
     ).encode()
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    digest = binascii.b2a_base64(sha256(style.encode()), newline=False).decode()
     headers = [
         f"HTTP/1.1 {status} {STATUS_TEXTS[status]}",
         "Content-Type: text/html; charset=utf-8",
@@ -1241,6 +1276,7 @@ class Authenticator:
         self.stopping = False
         self._clock, self._post, self._run, self._log = clock, post, run, log
         self._tokens: dict[str, Pending | Active | None] = dict.fromkeys(config.accounts)
+        self._states: dict[str, str] = {}  # which account's Pending has this `state`
         self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
         self._not_before: dict[str, float] = {}  # an account's next refresh, whoever asks for it
         self._events: list[tuple[str, str]] = []  # to be told; the first is being told
@@ -1294,6 +1330,10 @@ class Authenticator:
         """Change an account's state: the only way to. Browsers waiting for the old are told why."""
         old = self._tokens[name]
         self._tokens[name] = token
+        if isinstance(old, Pending):
+            del self._states[old.state]
+        if isinstance(token, Pending):
+            self._states[token.state] = name
         self._rescheduled()
         self._log(INFO, f"{name}: {'no token' if token is None else type(token).__name__.lower()}"
                   + (f" ({event})" if event else ""))
@@ -1307,7 +1347,7 @@ class Authenticator:
 
     def _request_authorization(self, account: Account) -> Pending:
         """Make a fresh authorization request and wait for the person to visit its URL."""
-        state, code_verifier = secrets.token_urlsafe(32), secrets.token_urlsafe(64)
+        state, code_verifier = base64url(os.urandom(32)), base64url(os.urandom(64))
         redirect_uri = self._redirect_uri(account)
         url = authorization_request(account, state, code_verifier, redirect_uri)
         pending = Pending(state, code_verifier, redirect_uri, url, remind_at=self._clock.now())
@@ -1528,17 +1568,15 @@ class Authenticator:
             self._exchange(name, pending)
 
     def _pending_by_state(self, state: str) -> tuple[str, Pending | None]:
-        """Whose request has this state, found in a time that tells nothing (RFC 6749 10.12)?"""
-        wanted = state.encode()
-        for name, token in self._tokens.items():
-            if isinstance(token, Pending) and secrets.compare_digest(token.state.encode(), wanted):
-                return name, token
-        return "", None
+        """Whose request has this state (RFC 6749 10.12)? It is of 256 random bits."""
+        name = self._states.get(state, "")
+        token = self._tokens.get(name)
+        return name, token if isinstance(token, Pending) else None
 
     # The control protocol: a method for each verb, their table, and the dispatch.
 
     def _dump(self, rest: bytes, answer: Answer) -> None:
-        answer(seal(secrets.token_bytes(12), dump_bytes([
+        answer(seal(os.urandom(12), dump_bytes([
             (account, self._dumped(name)) for name, account in self.config.accounts.items()])))
 
     def _info(self, rest: bytes, answer: Answer) -> None:
@@ -1977,7 +2015,7 @@ class Exchange:
         except OSError:
             self.close()  # the peer has gone, or speaks no TLS
         except Exception:  # a bug of ours, which must not end the daemon
-            self.loop.log(ERROR, "A request was lost to a bug: " + traceback.format_exc())
+            self.loop.log(ERROR, "A request was lost to a bug: " + stack_trace())
             self.close()
 
     def answer(self, reply: bytes) -> None:
@@ -2296,7 +2334,7 @@ class Loop:
                 self.heed_signals(authenticator)
                 each_pass()
             except Exception:  # a bug of ours, which must not end the daemon, nor make it spin
-                self.log(ERROR, "Something was lost to a bug: " + traceback.format_exc())
+                self.log(ERROR, "Something was lost to a bug: " + stack_trace())
                 time.sleep(PAUSE)
 
     def finished(self, authenticator: Authenticator) -> bool:
@@ -2348,7 +2386,7 @@ class Loop:
             if then is not None:
                 then(status, output)
         except Exception:  # a bug of ours, which must not end the daemon
-            self.log(ERROR, "An outcome was lost to a bug: " + traceback.format_exc())
+            self.log(ERROR, "An outcome was lost to a bug: " + stack_trace())
 
     # Connections: a cap for each kind, and what happens when descriptors run out.
 
@@ -3047,7 +3085,7 @@ def daemonise(server: Server) -> None:
         os.write(writer, str(error).encode())  # the parent says it
         raise SystemExit(1) from None
     except Exception:  # a bug of ours: standard error is /dev/null by now
-        server.log(ERROR, "The server ended: " + traceback.format_exc())
+        server.log(ERROR, "The server ended: " + stack_trace())
         raise
 
 
