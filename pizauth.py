@@ -2792,8 +2792,9 @@ def bind_redirect(option: str, addresses: tuple[tuple[str, int], ...]) -> list[s
 
 def bind_inet(host: str, port: int) -> socket.socket:
     """A TCP socket that listens on one family alone. Raises OSError or UnicodeError."""
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    return socket.create_server((host, port), family=family, backlog=CONNECTIONS["browser"])
+    name = host.encode("ascii" if host.isascii() else "idna")  # a str loads tables of 0.3 MiB
+    family = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((name, port), family=family, backlog=CONNECTIONS["browser"])
 
 
 NEEDS = ("needs the Python package cryptography: install it, for instance as python3-cryptography"
@@ -2877,7 +2878,7 @@ class Server:
             raise PizauthError("HTTPS was off when the server started: restart it to turn it on")
         for host, _ in addresses:
             try:
-                socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
+                socket.getaddrinfo(host.encode(), None, flags=socket.AI_NUMERICHOST)
             except OSError:
                 raise PizauthError(f"{option}: '{host}' is a name, and names are looked up only at"
                                    " start: restart the server, or write a numeric address"
@@ -3309,12 +3310,17 @@ def command_line() -> argparse.ArgumentParser:
         def _print_message(self, message: str, file: object = None) -> None:
             put(message)
 
-    parser = Usage(prog="pizauth", allow_abbrev=False,
+    def layout(prog: str) -> argparse.HelpFormatter:
+        """Asked for the terminal's width, argparse would load three libraries of compression."""
+        return argparse.HelpFormatter(prog, width=78)
+
+    parser = Usage(prog="pizauth", allow_abbrev=False, formatter_class=layout,
                    description="OAuth2 access tokens for command-line mail programs")
     parser.add_argument("--version", action="version", version=f"pizauth {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (function, text, arguments) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False,
+                                      formatter_class=layout)
         command.set_defaults(function=function, parser=command)
         for argument in (*arguments, "-v"):
             flags, details = ARGUMENTS[argument]
