@@ -126,7 +126,7 @@ CONNECTIONS = {"control": 256, "browser": 128}  # How many connections of each k
 TOKEN_REQUESTS = {"refresh": 12, "code": 16}  # At how many does one more wait? Codes are urgent.
 HOST_REQUESTS = {"refresh": 3, "code": 4}  # And to one host?
 VERDICT_FAILURES = 6  # After how many failures in a row is transient_error_if_cmd asked again?
-COMMANDS_A_PASS = 16  # How many shell commands are started before others have their turn?
+COMMANDS_A_PASS = 4  # How many shell commands are started before others have their turn?
 ACCEPTS = 32  # How many connections are accepted before others have their turn?
 READS = 4  # How often is one connection read before others have their turn?
 FIELDS = 100  # How many fields may a query, a form or an HTTP head have?
@@ -1156,18 +1156,16 @@ class DumpReader:
         return Dumped(self.string(), self.time(), self.time(), self.optional())
 
 
-def read_dump(plaintext: bytes) -> dict[str, tuple[dict[str, Any], Dumped | None]]:
-    """Security-relevant options and state of each account; what follows them is not for us."""
+def read_dump(plaintext: bytes) -> Iterator[tuple[str, dict[str, Any], Dumped | None]]:
+    """Name, security-relevant options and state of each account, one at a time: all at once would
+    leave a server that restores 1,000 with 2 MiB of holes. What follows them is not for us."""
     reader = DumpReader(plaintext)
     if reader.number() != DUMP_VERSION:
         raise RequestError("This dump is of a version that is not known here")
-    accounts = {}
+    forms = {field: Account.__annotations__[field] for field in Account.security_fields()}
     for _ in range(reader.number()):
         name = reader.string()
-        forms = {field: Account.__annotations__[field] for field in Account.security_fields()}
-        options = {field: reader.field(form) for field, form in forms.items()}
-        accounts[name] = options, reader.state()
-    return accounts
+        yield name, {field: reader.field(forms[field]) for field in forms}, reader.state()
 
 
 def chacha20(key: bytes, counter: int, nonce: bytes, data: bytes) -> bytes:
@@ -1603,11 +1601,14 @@ class Authenticator:
 
     def _restore(self, rest: bytes, answer: Answer) -> None:
         """Take tokens from a dump for accounts that have none and are what they were."""
-        for name, (security, dumped) in read_dump(unseal(rest)).items():
+        fitting = []
+        for name, security, dumped in read_dump(unseal(rest)):
             account = self.config.accounts.get(name)
             unchanged = account is not None and account.security() == security
             if unchanged and dumped is not None and not isinstance(self._tokens[name], Active):
-                self._replace(name, self._revived(dumped), None, SUPERSEDED)
+                fitting.append((name, self._revived(dumped)))
+        for name, token in fitting:  # only now: a dump that ends too soon changes nothing
+            self._replace(name, token, None, SUPERSEDED)
         answer(b"ok:")
 
     def _revoke(self, rest: bytes, answer: Answer) -> None:
@@ -2001,14 +2002,14 @@ class Exchange:
         self.deadline: float | None = loop.clock.now() + CONNECTION_TIMEOUT
         self.watched = 0  # the events that the selector watches for
         self.buffer = Received()
-        self.outgoing = memoryview(b"")
+        self.outgoing: bytes | memoryview = b""
         self.eof = False
         loop.exchanges[kind][self] = None
 
     def ready(self, _events: int = 0) -> None:
         """Go on as far as the socket lets us; what goes wrong ends this exchange alone."""
         try:
-            if self.outgoing or self.state == "writing":
+            if self.outgoing:
                 self._write()
             elif self.state != "closed":
                 self._read()
@@ -2024,14 +2025,13 @@ class Exchange:
             return
         self.state, self.deadline = "writing", self.loop.clock.now() + CONNECTION_TIMEOUT
         try:
-            if self.tls is None:
-                self.outgoing = memoryview(reply)
-            else:
+            if self.tls is not None:
                 self.tls.encrypt(reply)
-                self.outgoing = memoryview(self.tls.outgoing.read())
+                reply = self.tls.outgoing.read()
+            self.outgoing = reply
+            self._write()
         except OSError:
-            return self.close()  # refused before there was a handshake to say so in
-        self.ready()
+            self.close()  # gone, or refused before there was a handshake to say so in
 
     def close(self) -> None:
         if self.state != "closed":
@@ -2043,29 +2043,26 @@ class Exchange:
     def _read(self) -> None:
         """Take in what is there, but not for ever; what comes after the request is discarded."""
         try:
-            for _ in range(READS):
+            for _ in range(READS if self.tls is None else 1):
                 data = self.sock.recv(CHUNK if self.tls is None else TLS_CHUNK)
                 self.eof = not data
-                if self.state == "reading":
-                    self._take(data)
-                if self.tls is not None or self.outgoing or self.eof or self.state not in (
-                        "reading", "draining"):
+                if self.eof:
                     break
+                if self.state == "reading":
+                    self.buffer += data if self.tls is None else self.tls.decrypt(data)
         except BlockingIOError:
             pass  # that is all for now
-        if self.outgoing:
+        if self.state == "reading":
+            self._take()
+        if self.outgoing or self.state == "closed":
             return  # _write() watches
         if self.eof and self.state == "draining":
-            self.close()
-        elif self.state in ("reading", "draining", "parked"):
-            spins = self.eof or self.state == "parked" and self.kind == "control"
-            self._watch(0 if spins else selectors.EVENT_READ)  # an end of file stays readable
+            return self.close()
+        spins = self.eof or self.state == "parked" and self.kind == "control"
+        self._watch(0 if spins else selectors.EVENT_READ)  # an end of file stays readable
 
-    def _take(self, data: bytes) -> None:
-        """Take in bytes, and hand the request on once it is whole."""
-        if self.tls is not None and data:
-            data = self.tls.decrypt(data)
-        self.buffer += data
+    def _take(self) -> None:
+        """Hand the request on, once it is whole."""
         try:
             request = self.frame(self.buffer, self.eof)
         except PizauthError as error:
@@ -2076,13 +2073,15 @@ class Exchange:
         elif self.eof:
             self.close()
         elif self.tls is not None and self.tls.outgoing.pending:
-            self.outgoing = memoryview(self.tls.outgoing.read())
+            self.outgoing = self.tls.outgoing.read()
             self._write()
 
     def _write(self) -> None:
+        """Send what there is to send; after a reply, end."""
         try:
-            while self.outgoing:
-                self.outgoing = self.outgoing[self.sock.send(self.outgoing[:CHUNK]) :]
+            while size := len(self.outgoing):
+                sent = self.sock.send(self.outgoing)
+                self.outgoing = b"" if sent == size else memoryview(self.outgoing)[sent:]
         except BlockingIOError:
             return self._watch(selectors.EVENT_WRITE)
         if self.state == "reading":  # that was a piece of a handshake
@@ -2244,7 +2243,7 @@ class TokenRequest(Record):
     uri: str
     host: str
     form: dict[str, str]
-    urgent: bool
+    kind: str  # "code", which is urgent, or "refresh"
     then: Callable[[bytes], None]
     child: Child | None = None
 
@@ -2282,6 +2281,7 @@ class Loop:
         self.refused: list[Callable[[], None]] = []  # tells those whose child could not be forked
         self.fork_failed = False  # at the last try?
         self.requests: list[TokenRequest] = []
+        self.starting = False  # may one of them have its turn to be started?
         self.commands: list[Command] = []  # that wait to be started
         self.signals = loop_signals()
         self.flags: set[int] = set()  # those that came
@@ -2313,7 +2313,6 @@ class Loop:
         if signal.SIGCHLD in flags:
             for child in list(self.children.values()):
                 child.reap()
-            self._start_requests()
         if flags & {signal.SIGTERM, signal.SIGINT}:
             self.grace_ends = self.clock.now() if authenticator.stopping else None
             authenticator.stopping = True
@@ -2352,7 +2351,7 @@ class Loop:
         if due is not None:
             moments.append(due)
         moments += [command.due for command in self.commands]
-        if self.refused:
+        if self.refused or self.starting:
             return 0
         return max(0, min(LONGEST_SLEEP, min(moments) - self.clock.now())) if moments else None
 
@@ -2377,6 +2376,8 @@ class Loop:
             tell()
         for command in [c for c in self.commands if c.due <= now][:COMMANDS_A_PASS]:
             self._start_command(command)
+        if self.starting:
+            self._start_request()
         for listener in [listener for listener, until in self.paused.items() if until <= now]:
             self._resume(listener)
 
@@ -2404,8 +2405,8 @@ class Loop:
     def closed(self, exchange: Exchange) -> None:
         """An exchange has ended, so that there is room again."""
         del self.exchanges[exchange.kind][exchange]
-        for listener in list(self.paused):
-            self._resume(listener)
+        while self.paused:
+            self._resume(next(iter(self.paused)))
 
     def pause(self, listener: Listener) -> None:
         """Descriptors or memory have run out: accept no more until some are free or time passed."""
@@ -2455,33 +2456,33 @@ class Loop:
     def post(self, uri: str, form: dict[str, str], urgent: bool,
              then: Callable[[bytes], None]) -> Cancel:
         """Start a token request in a child once there is a slot; code exchanges are urgent."""
-        request = TokenRequest(uri, urllib.parse.urlsplit(uri).netloc, form, urgent, then)
+        host, kind = urllib.parse.urlsplit(uri).netloc, "code" if urgent else "refresh"
+        request = TokenRequest(uri, host, form, kind, then)
         self.requests.append(request)
-        self._start_requests()
+        self.starting = True
         return partial(self._cancel, request)
 
     def _cancel(self, request: TokenRequest) -> None:
         if request in self.requests:
             self.requests.remove(request)
+            self.starting = True
             if request.child is not None:
                 request.child.kill()
 
-    def _start_requests(self) -> None:
-        """Start what waits and has a slot: the urgent, for which some are kept free, then those of
-        the hosts that have the fewest, so that a host which hangs does not hold up the others."""
-        if self.grace_ends is not None:
-            return  # it would be killed with us, and may hold a rotated token by then
-        hosts = [request.host for request in self.requests if request.child is not None]
-        waiting = [request for request in self.requests if request.child is None]
-        for request in sorted(waiting, key=lambda one: (not one.urgent, hosts.count(one.host))):
-            kind = "code" if request.urgent else "refresh"
-            if len(hosts) >= TOKEN_REQUESTS[kind]:
-                break  # the urgent ones were first
-            if hosts.count(request.host) < HOST_REQUESTS[kind]:
-                hosts.append(request.host)
-                self._start_request(request)
+    def _start_request(self) -> None:
+        """Start the request whose turn it is, one a pass, for a fork takes a millisecond or two.
 
-    def _start_request(self, request: TokenRequest) -> None:
+        The urgent come first, for which some slots are kept free, then those of the hosts that have
+        the fewest, so that a host which hangs does not hold up the others.
+        """
+        hosts = [request.host for request in self.requests if request.child is not None]
+        able = [request for request in self.requests
+                if request.child is None and len(hosts) < TOKEN_REQUESTS[request.kind]
+                and hosts.count(request.host) < HOST_REQUESTS[request.kind]]
+        self.starting = bool(able) and self.grace_ends is None
+        if not self.starting:
+            return  # at the end it would be killed with us, and may hold a rotated token by then
+        request = min(able, key=lambda one: (one.kind, hosts.count(one.host)))
         posted = partial(self._posted, request)
         work = partial(post_form, request.uri, request.form)
         try:
@@ -2494,6 +2495,7 @@ class Loop:
     def _posted(self, request: TokenRequest, status: int | None, output: bytes) -> None:
         if request in self.requests:
             self.requests.remove(request)
+        self.starting = True
         if status != 0:
             why = f"the process that asked {request.host} ended with status {status}"
             if status is None:
@@ -2501,7 +2503,6 @@ class Loop:
                 why = output.decode() or limit
             output = outcome_bytes(0, 0, False, why.encode())
         request.then(output)
-        self._start_requests()
 
     def run_command(self, command: str, variables: Fields, limit: float, group: bool,
                     then: Ended, *, spared: bool = False) -> Cancel:
@@ -2618,7 +2619,9 @@ class Log:
         self.lost = 0
 
     def __call__(self, level: int, message: str) -> None:
-        for line in map(printable, message.splitlines() if level <= self.verbosity else ()):
+        if level > self.verbosity:
+            return
+        for line in map(printable, message.splitlines()):
             told = f"{self.lost} messages were lost: the log was full"
             if self.lost and self.tell(WARNING, told):
                 self.lost = 0
