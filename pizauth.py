@@ -1771,7 +1771,7 @@ class Authenticator:
 def run_child(work: Callable[[], bytes], pipe: int, limit: float, nice: int) -> NoReturn:
     """Be a child: drop what is the server's, write what work() returns into the pipe, end."""
     try:
-        os.nice(nice)  # first of all: the 99th percentile of showtoken with 12 of us is 5 ms, not 18
+        os.nice(nice)  # first of all: the 99th percentile of showtoken is 5 ms then, else 18
         gc.freeze()  # a finaliser of the server's would close descriptors that are ours by then
         gc.disable()
         signal.set_wakeup_fd(-1)
