@@ -5597,16 +5597,28 @@ class Bench:
             for what, text, reach in (("HTTP alone", "", 13), ("with HTTPS", HTTPS, 18)):
                 with self.daemon(accounts(1) + text, program, tokens=False) as daemon:
                     daemon.ask(b"status:")
+                    foreground = self.resident(daemon)
+                    daemon.ask(b"shutdown:")
+                    self.process(program, "server", environment=daemon.environment)
+                    lock = os.path.join(os.path.dirname(daemon.socket), "pizauth.lock")
+                    with open(lock, encoding="ascii") as file:
+                        daemon.process.pid = int(file.read())
+                    daemon.ask(b"status:")
                     self.row(f"memory after start, by the {name}, {what}",
-                             f"{self.resident(daemon):.1f} MiB", "", "", "",
-                             f"<= {reach + more} MiB")
+                             f"{self.resident(daemon):.1f} MiB", "in the foreground",
+                             f"{foreground:.1f} MiB", "", f"<= {reach + more} MiB")
                     with open(f"/proc/{daemon.process.pid}/maps", encoding="utf-8") as file:
                         assert "cryptography" not in file.read()
+                    daemon.ask(b"shutdown:")
         with self.endpoint() as ports, self.daemon(accounts(1000, ports), tokens=False) as daemon:
             before = self.resident(daemon)
-            self.refresh(daemon, ports, 1000)
+            self.authorise(daemon, 1000)
+            for number in range(1000):
+                daemon.ask(b"refresh:withurl a%d" % number)
+            until(lambda: int(visit(f"http://127.0.0.1:{ports[0]}/")[1]) == 2000, 200)
+            until(lambda: not daemon.children())
             after = self.resident(daemon)
-            self.row("memory after 1,000 accounts restored and refreshed once",
+            self.row("memory after 1,000 accounts authorised and refreshed",
                      f"{after:.1f} MiB", "before", f"{before:.1f} MiB")
             self.row("  more for an account", f"{(after - before) * 1.024:.2f} KiB", "", "", "",
                      "<= 2 KiB")
@@ -5615,6 +5627,22 @@ class Bench:
                 self.ask_often(daemon.ask, 50_000)
             self.row("memory after 100,000 requests", f"{self.resident(daemon):.1f} MiB",
                      "after 50,000", f"{before:.1f} MiB", "", "flat")
+
+    def authorise(self, daemon, count, at_once=16):
+        """Have so many accounts authorised, as by browsers that come back."""
+        port = int(json.loads(daemon.ask(b"info:"))["http_port"])
+        for first in range(0, count, at_once):
+            with contextlib.ExitStack() as stack:
+                browsers = []
+                for number in range(first, min(first + at_once, count)):
+                    state = query_of(daemon.url(f"a{number}"))["state"]
+                    browser = socket.create_connection(("127.0.0.1", port), 60)
+                    browsers.append(stack.enter_context(browser))
+                    browser.sendall(f"GET /?state={state}&code=c HTTP/1.1\r\n"
+                                    f"Host: localhost:{port}\r\n\r\n".encode())
+                for browser in browsers:
+                    page = b"".join(iter(lambda browser=browser: browser.recv(65536), b""))
+                    assert b"is authorised" in page, page
 
     def refresh(self, daemon, ports, count):
         """Have so many accounts restored that are due at once, and wait until all are refreshed;
