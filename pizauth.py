@@ -2024,7 +2024,7 @@ class Exchange:
         """Send the reply and end; does nothing if the peer has gone meanwhile."""
         if self.state not in ("reading", "parked"):
             return
-        self.state, self.deadline = "writing", self.loop.clock.now() + CONNECTION_TIMEOUT
+        self.state, self.deadline = "writing", None
         try:
             if self.tls is not None:
                 self.tls.encrypt(reply)
@@ -2037,7 +2037,8 @@ class Exchange:
     def close(self) -> None:
         if self.state != "closed":
             self.state = "closed"
-            self._watch(0)
+            if self.watched:
+                self._watch(0)
             self.sock.close()
             self.loop.closed(self)
 
@@ -2085,16 +2086,17 @@ class Exchange:
                 self.outgoing = b"" if sent == size else memoryview(self.outgoing)[sent:]
         except BlockingIOError:
             return self._watch(selectors.EVENT_WRITE)
-        if self.state == "reading":  # that was a piece of a handshake
-            return self._watch(selectors.EVENT_READ)
-        if self.eof:
-            return self.close()
-        self.state = "draining"  # closing while the peer still sends would throw our reply away
-        self.sock.shutdown(socket.SHUT_WR)
-        self._watch(selectors.EVENT_READ)
+        if self.state == "writing":
+            if self.eof:
+                return self.close()
+            self.state = "draining"  # to close while the peer still sends would throw it all away
+            self.sock.shutdown(socket.SHUT_WR)
+        self._watch(selectors.EVENT_READ)  # or that was a piece of a handshake
 
     def _watch(self, events: int) -> None:
         """Have the selector watch for these events; 0: for none."""
+        if events and self.deadline is None and self.state != "parked":
+            self.deadline = self.loop.clock.now() + CONNECTION_TIMEOUT  # to read our reply
         if events == self.watched:
             return
         if not events:
