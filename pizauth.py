@@ -2109,11 +2109,14 @@ class Exchange:
 
 
 class Listener:
-    """A listening socket. `exchange(sock)` makes the Exchange of a connection."""
+    """A listening socket, whose every connection is an Exchange with this frame() and respond();
+    over TLS if there is a context."""
 
     def __init__(self, loop: Loop, sock: socket.socket, kind: str,
-                 exchange: Callable[[socket.socket], Exchange]) -> None:
-        self.loop, self.sock, self.kind, self.exchange = loop, sock, kind, exchange
+                 frame: Callable[[Received, bool], Any], respond: Callable[[Any, Answer], None],
+                 context: ssl.SSLContext | None = None) -> None:
+        self.loop, self.sock, self.kind, self.context = loop, sock, kind, context
+        self.frame, self.respond = frame, respond
         sock.setblocking(False)
         loop.selector.register(sock, selectors.EVENT_READ, self.ready)
 
@@ -2133,7 +2136,8 @@ class Listener:
                 self.loop.log(WARNING, "A client of another user was refused")
                 sock.close()
             elif self.loop.make_room(self.kind):
-                self.exchange(sock).ready()
+                tls = None if self.context is None else Tls(self.context)
+                Exchange(self.loop, sock, self.kind, self.frame, self.respond, tls=tls).ready()
             else:
                 sock.close()
 
@@ -2896,16 +2900,13 @@ class Server:
         for scheme, sockets in bound.items():
             for listener in self.redirects[scheme]:
                 listener.close()
-            exchange = partial(self.browser_exchange, scheme)
+            respond = partial(self.authenticator.redirected, scheme)
+            context = self.context if scheme == "https" else None
             self.redirects[scheme] = [
-                Listener(self.loop, sock, "browser", exchange) for sock in sockets]
+                Listener(self.loop, sock, "browser", http_head, respond, context)
+                for sock in sockets]
             ports[scheme] = sockets[0].getsockname()[1] if sockets else None
         return ports
-
-    def browser_exchange(self, scheme: str, sock: socket.socket) -> Exchange:
-        respond = partial(self.authenticator.redirected, scheme)
-        tls = Tls(self.context) if scheme == "https" and self.context is not None else None
-        return Exchange(self.loop, sock, "browser", http_head, respond, tls=tls)
 
     def reload(self) -> None:
         """Read the configuration anew and take it, listeners and all, or nothing of it."""
@@ -2928,11 +2929,9 @@ class Server:
     def listen_to_clients(self, sock: socket.socket) -> None:
         """Serve the control socket, and remember which one is ours."""
         self.control_id = file_id(self.control_path)
-        self.control = Listener(self.loop, sock, "control", self.control_exchange)
+        self.control = Listener(
+            self.loop, sock, "control", until_eof, self.authenticator.control)
         self.control_checked = self.clock.now()
-
-    def control_exchange(self, sock: socket.socket) -> Exchange:
-        return Exchange(self.loop, sock, "control", until_eof, self.authenticator.control)
 
     def check_socket(self) -> None:
         """Bind anew a control socket that was swept away or replaced; end if another server has its

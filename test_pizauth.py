@@ -3141,12 +3141,9 @@ class LoopTest(unittest.TestCase):
         """A listener whose connections are answered, and its address."""
         listening = socket.create_server(("127.0.0.1", 0))
         self.peers.append(listening)
-
-        def exchange(sock):
-            return pizauth.Exchange(
-                self.loop, sock, "browser", pizauth.until_eof, lambda _, answer: answer(b"hello"))
-
-        return pizauth.Listener(self.loop, listening, "browser", exchange), listening.getsockname()
+        listener = pizauth.Listener(self.loop, listening, "browser", pizauth.until_eof,
+                                    lambda _, answer: answer(b"hello"))
+        return listener, listening.getsockname()
 
     def test_out_of_descriptors_accepting_pauses_and_goes_on(self):
         listener, address = self.listener()
@@ -3536,8 +3533,8 @@ class LoopTest(unittest.TestCase):
             listening.bind(f"{directory}/s")
             os.chmod(f"{directory}/s", 0o777)
             listening.listen()
-            pizauth.Listener(self.loop, listening, "control", lambda sock: pizauth.Exchange(
-                self.loop, sock, "control", pizauth.until_eof, lambda _, answer: answer(b"hello")))
+            pizauth.Listener(self.loop, listening, "control", pizauth.until_eof,
+                             lambda _, answer: answer(b"hello"))
             script = (
                 "import os, socket, sys\nif len(sys.argv) > 2: os.setuid(int(sys.argv[2]))\n"
                 "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.shutdown(1)\n"
