@@ -117,6 +117,7 @@ REQUEST_LIMIT = 64 << 10  # of a control request
 RESTORE_LIMIT = 16 << 20  # of one that brings a dump
 HEAD_LIMIT = 16 << 10  # of the head of an HTTP request
 CHUNK = 64 << 10  # read or written at a time
+READ_CHUNK = 8 << 10  # read from a connection at a time: nearly all requests are small
 TLS_CHUNK = 1 << 10  # read a pass where 27 bytes may be a KeyUpdate: 38 of them cost 0.4 ms
 TLS_LIMIT = 64 << 10  # of all that a TLS client sends before its request is whole
 
@@ -2046,7 +2047,7 @@ class Exchange:
         """Take in what is there, but not for ever; what comes after the request is discarded."""
         try:
             for _ in range(READS if self.tls is None else 1):
-                data = self.sock.recv(CHUNK if self.tls is None else TLS_CHUNK)
+                data = self.sock.recv(READ_CHUNK if self.tls is None else TLS_CHUNK)
                 self.eof = not data
                 if self.eof:
                     break
