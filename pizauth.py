@@ -765,8 +765,8 @@ def without_secrets(text: str, form: dict[str, str]) -> str:
     as they are or escaped for a URL or a page."""
     escapes = (str, printable, html_text, urllib.parse.quote, urllib.parse.quote_plus,
                partial(urllib.parse.quote, safe=""))
-    sent = {escape(form.get(field, "")) for escape in escapes
-            for field in ("code", "code_verifier", "refresh_token", "client_secret")} - {""}
+    fields = ("code", "code_verifier", "refresh_token", "client_secret", "access_token")
+    sent = {escape(form.get(field, "")) for escape in escapes for field in fields} - {""}
     longest_first = "|".join(map(re.escape, sorted(sent, key=len, reverse=True)))
     for clean in (str, printable):
         text = re.sub(longest_first, "...", clean(text), flags=re.IGNORECASE) if sent else text
@@ -1446,7 +1446,7 @@ class Authenticator:
             return  # revoked, reloaded or restored while the request was in flight
         token.cancel = None
         try:
-            response = token_response(outcome, form)
+            response = token_response(outcome, {**form, "access_token": token.access_token})
         except TransientError as error:
             token.failures += 1
             token.failed_at, token.retry_after = self._clock.now(), error.retry_after
@@ -2069,6 +2069,7 @@ class Exchange:
         try:
             request = self.frame(self.buffer, self.eof)
         except PizauthError as error:
+            self.loop.log(DEBUG, f"A {self.kind} request was refused: {error}")
             return self.answer(refusal(error))
         if request is not None:
             self.state, self.deadline, self.buffer = "parked", None, Received()

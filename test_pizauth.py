@@ -1423,6 +1423,12 @@ class TokensTest(unittest.TestCase):
         world.posts.pop().grant("at2")
         self.assertEqual(world.show(), "access_token:at2")
 
+    def test_a_provider_that_repeats_the_access_token_is_not_quoted(self):
+        self.world.authorise("x", access_token="s3cret", expires_in=3600)
+        self.world.refresh()
+        self.world.posts.pop().answer(503, error="oh", error_description="no s3cret rt1 here")
+        self.assertIn("HTTP 503: oh: no ... ... here", self.world.status())
+
     def test_permanent_failures_cost_the_login_and_say_so(self):
         world = self.world
         world.authorise()
@@ -2737,7 +2743,7 @@ def soak(seconds, length=200, seeds=None):
             print(f"seed {seed}: {failure(steps)}\n  History().run({steps})")
             return 1
         done += 1
-    print(f"{done} histories of {length} steps")
+    print(f"{done} histories of {length} steps, and nothing amiss")
     return 0
 
 
@@ -4159,6 +4165,11 @@ class CommandLineTest(unittest.TestCase):
                 env={**self.daemon.environment, "XDG_RUNTIME_DIR": directory})
             self.assertIn("not running or not responding", done.stderr)
 
+    def dead_socket(self, path):
+        """Put a socket there that nobody serves."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(path)
+
     def test_a_socket_that_was_swept_away_is_made_anew_and_one_of_another_ends_us(self):
         with Daemon(account("x")) as daemon:
             daemon.stop()
@@ -4175,7 +4186,7 @@ class CommandLineTest(unittest.TestCase):
             for replace in (
                 lambda path: os.symlink("/nowhere", path),
                 lambda path: shutil.copyfile(daemon.config, path),
-                lambda path: socket.socket(socket.AF_UNIX).bind(path),  # and nobody serves it
+                self.dead_socket,
             ):
                 os.unlink(daemon.socket)
                 replace(daemon.socket)
@@ -5300,7 +5311,8 @@ class Demo:
         """Leave everything running for a person to type along."""
         environment = self.daemon.environment
         self.say(
-            "All stays running. In another terminal, with these, type along (Ctrl-C here ends it):")
+            "All stays running. In another terminal, with these, type along (Ctrl-C here ends it,"
+            " and so does `pizauth shutdown` there):")
         print(
             f"export XDG_RUNTIME_DIR={environment['XDG_RUNTIME_DIR']} "
             f"XDG_CONFIG_HOME={environment['XDG_CONFIG_HOME']}")
@@ -5817,7 +5829,7 @@ if __name__ == "__main__":
         raise SystemExit(soak(float(sys.argv[2])))
     if sys.argv[1:2] == ["fuzz"] and len(sys.argv) > 2:
         raise SystemExit(fuzz(float(sys.argv[2]), sys.argv[3:] or FUZZERS))
-    if sys.argv[1:2] == ["bench"]:
+    if sys.argv[1:2] == ["bench"] and set(sys.argv[2:]) <= set(dir(Bench)):
         raise SystemExit(Bench().run(sys.argv[2:]))
     if sys.argv[1:] in (["demo"], ["demo", "--stay"]):
         try:
