@@ -104,7 +104,7 @@ STARTUP_PATIENCE = 60  # How long does READY=1 wait for startup_cmd, which may r
 GRACE = 2  # How long may what is in flight at the end still reach token_event_cmd?
 FORK_RETRY = 1  # How long until a shell command is started for which there was no process?
 LATE = 1  # How late must the loop be for a child's limit to count as slept through?
-AFTER_SLEEP = 5  # And how much more time does the child get then?
+AFTER_SLEEP = 5  # And how much more time does the child get from then on?
 PAUSE = 1  # How long is accepting paused when descriptors or memory have run out?
 SOCKET_CHECK = 60  # How often is the control socket looked at, when the loop is awake anyway?
 CLIENT_TIMEOUT = 10  # How long do clients wait for the server's next byte, `shutdown` for its end?
@@ -150,7 +150,7 @@ def printable(text: str) -> str:
 
 def html_text(text: str) -> str:
     """The text as it is written in a page, between tags or in an attribute."""
-    return text.translate({38: "&amp;", 60: "&lt;", 62: "&gt;", 34: "&quot;", 39: "&#x27;"})
+    return text.translate({38: "&amp;", 60: "&lt;", 62: "&gt;", 34: "&quot;", 39: "&#39;"})
 
 
 def stack_trace() -> str:
@@ -320,7 +320,9 @@ def config_error(text: str, at: int, message: str) -> ConfigError:
     start = text.rfind("\n", 0, at) + 1
     line, column = text.count("\n", 0, at) + 1, at - start + 1
     near = max(0, at - CHUNK)  # enough to know what is inside a string, and never too much
-    hidden = without_values(text[near : at + CHUNK])
+    hidden = re.sub(r"(?i)(secret|password)([^\n]*)",  # however the quotes pair
+                    lambda match: match[1] + re.sub(r'[^"\s;=]', "*", match[2]),
+                    without_values(text[near : at + CHUNK]))
     before = hidden[max(start, at - 60) - near : at - near]
     after = hidden[at - near : at - near + 60].split("\n")[0]
     shown = "".join(c if c == "\t" or c.isprintable() else "?" for c in before + after)
@@ -463,6 +465,8 @@ class Parser:
             lexeme, message = last, f"{OVER_LINES}: is its last double quote missing?"
         elif lexeme.kind == "end":
             message += ", but the file ends"
+        elif (last.kind, lexeme.kind) in (("}", ";"), (",", "]"), (",", "}")):
+            message += f": leave out the '{lexeme.kind if lexeme.kind == ';' else ','}'"
         elif kind == ";":  # most likely forgotten there, and not where the next option starts
             lexeme = Lexeme(";", "", last.at + len(last.text))
         raise self.error(lexeme, message)
@@ -603,12 +607,10 @@ class Parser:
     def items(self, brackets: str, item: Callable[[], Any], wanted: str) -> Iterator[Any]:
         """What stands between brackets, separated by commas."""
         self.take(brackets[0], wanted)
-        first = True
         while self.lexeme.kind != brackets[1]:
-            if not first:
+            if self.last.kind != brackets[0]:
                 self.take(",", f"',' or '{brackets[1]}'")
             yield item()
-            first = False
         self.take(brackets[1])
 
     def pair(self) -> tuple[str, str]:
@@ -764,10 +766,12 @@ def without_secrets(text: str, form: dict[str, str]) -> str:
     """A provider's message without control characters and the form's secrets, which it may echo,
     as they are or escaped for a URL or a page."""
     escapes = (str, printable, html_text, urllib.parse.quote, urllib.parse.quote_plus,
-               partial(urllib.parse.quote, safe=""))
+               partial(urllib.parse.quote, safe=""),
+               lambda text: html_text(text).replace("&#39;", "'"))
     fields = ("code", "code_verifier", "refresh_token", "client_secret", "access_token")
     sent = {escape(form.get(field, "")) for escape in escapes for field in fields} - {""}
     longest_first = "|".join(map(re.escape, sorted(sent, key=len, reverse=True)))
+    text = text.replace("&#x27;", "&#39;")
     for clean in (str, printable):
         text = re.sub(longest_first, "...", clean(text), flags=re.IGNORECASE) if sent else text
     return printable(text)
@@ -1546,8 +1550,9 @@ class Authenticator:
         response = authorization_response(head.target.partition("?")[2])
         if response.state is None:
             raise BadRequest(404, "There is nothing here.")
-        name, pending = self._pending_by_state(response.state)
-        if pending is None:
+        name = self._states.get(response.state, "")  # of 256 random bits (RFC 6749 10.12)
+        pending = self._tokens.get(name)
+        if not isinstance(pending, Pending):
             return answer(
                 page(200, "No pending token matches request state: request a fresh token"))
         if not redirect_matches(pending.redirect_uri, scheme, head):
@@ -1566,12 +1571,6 @@ class Authenticator:
             pending.form = access_token_request(
                 account, code, pending.code_verifier, pending.redirect_uri)
             self._exchange(name, pending)
-
-    def _pending_by_state(self, state: str) -> tuple[str, Pending | None]:
-        """Whose request has this state (RFC 6749 10.12)? It is of 256 random bits."""
-        name = self._states.get(state, "")
-        token = self._tokens.get(name)
-        return name, token if isinstance(token, Pending) else None
 
     # The control protocol: a method for each verb, their table, and the dispatch.
 
@@ -1728,9 +1727,8 @@ class Authenticator:
                 self._request_authorization(account)
 
     def busy(self) -> bool:
-        """Is a token request in flight, or an event untold?"""
-        running = [token for token in self._tokens.values() if token and token.cancel]
-        return bool(self._events or running)
+        """Is an event untold?"""
+        return bool(self._events)
 
     def farewell(self) -> None:
         """Tell the browsers that wait that there will be no outcome."""
@@ -1781,7 +1779,7 @@ def run_child(work: Callable[[], bytes], pipe: int, limit: float, nice: int) -> 
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if limit < FOR_EVER:
-            signal.alarm(int(limit) + 2)  # should the server be killed before it can kill us
+            signal.alarm(int(limit) + AFTER_SLEEP + 2)  # should the server not be there to kill us
         os.closerange(3, pipe)  # a killed server's port and lock would live on in us
         os.closerange(pipe + 1, DESCRIPTORS)
         output = memoryview(work())
@@ -1946,8 +1944,8 @@ def self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
 
 
 # ---- Loop ----
-# The only place that waits and, once the server serves, the only place that forks. An Exchange that
-# fails takes nothing else with it.
+# The only place that waits (but for notify(), a second at most) and, once the server serves, the
+# only place that forks. An Exchange that fails takes nothing else with it.
 
 
 class Tls:
@@ -2017,9 +2015,6 @@ class Exchange:
                 self._read()
         except OSError:
             self.close()  # the peer has gone, or speaks no TLS
-        except Exception:  # a bug of ours, which must not end the daemon
-            self.loop.log(ERROR, "A request was lost to a bug: " + stack_trace())
-            self.close()
 
     def answer(self, reply: bytes) -> None:
         """Send the reply and end; does nothing if the peer has gone meanwhile."""
@@ -2073,7 +2068,11 @@ class Exchange:
             return self.answer(refusal(error))
         if request is not None:
             self.state, self.deadline, self.buffer = "parked", None, Received()
-            self.respond(request, self.answer)
+            try:
+                self.respond(request, self.answer)
+            except Exception:  # a bug of ours, which must not end the daemon
+                self.loop.log(ERROR, "A request was lost to a bug: " + stack_trace())
+                self.close()
         elif self.eof:
             self.close()
         elif self.tls is not None and self.tls.outgoing.pending:
@@ -2116,7 +2115,7 @@ class Listener:
 
     def __init__(self, loop: Loop, sock: socket.socket, kind: str,
                  frame: Callable[[Received, bool], Any], respond: Callable[[Any, Answer], None],
-                 context: ssl.SSLContext | None = None) -> None:
+                 *, context: ssl.SSLContext | None = None) -> None:
         self.loop, self.sock, self.kind, self.context = loop, sock, kind, context
         self.frame, self.respond = frame, respond
         sock.setblocking(False)
@@ -2142,12 +2141,6 @@ class Listener:
                 Exchange(self.loop, sock, self.kind, self.frame, self.respond, tls=tls).ready()
             else:
                 sock.close()
-
-    def pause(self) -> None:
-        self.loop.selector.unregister(self.sock)
-
-    def resume(self) -> None:
-        self.loop.selector.register(self.sock, selectors.EVENT_READ, self.ready)
 
     def close(self) -> None:
         """Stop listening, and give the port back."""
@@ -2351,7 +2344,8 @@ class Loop:
             return False
         if self.grace_ends is None:
             self.grace_ends = self.clock.now() + GRACE
-        return not authenticator.busy() or self.clock.now() >= self.grace_ends
+        in_flight = any(request.child is not None for request in self.requests)
+        return not (in_flight or authenticator.busy()) or self.clock.now() >= self.grace_ends
 
     def patience(self, authenticator: Authenticator) -> float | None:
         """How long the loop may sleep; None: until somebody comes."""
@@ -2401,7 +2395,8 @@ class Loop:
     # Connections: a cap for each kind, and what happens when descriptors run out.
 
     def make_room(self, kind: str) -> bool:
-        """Is there room for one more? At the cap the one that has been reading longest must go."""
+        """Is there room for one more? At the cap the one that has been reading longest must go, or
+        if none reads, the oldest that is not waiting for its answer."""
         exchanges = self.exchanges[kind]
         if len(exchanges) < CONNECTIONS[kind]:
             return True
@@ -2420,22 +2415,22 @@ class Loop:
     def pause(self, listener: Listener) -> None:
         """Descriptors or memory have run out: accept no more until some are free or time passed."""
         self.log(WARNING, "Out of descriptors or memory: accepting connections is paused")
-        listener.pause()
+        self.selector.unregister(listener.sock)
         self.paused[listener] = self.clock.now() + PAUSE
 
     def _resume(self, listener: Listener) -> None:
         del self.paused[listener]
-        listener.resume()
+        self.selector.register(listener.sock, selectors.EVENT_READ, listener.ready)
 
     # Children.
 
-    def fork(self, work: Callable[[], bytes], limit: float, then: Ended, group: bool = False,
+    def fork(self, work: Callable[[], bytes], limit: float, then: Ended, *, group: bool = False,
              spared: bool = False, nice: int = 0) -> Child:
         """Run work() in a child; then(exit status, what work returned) once it has ended, on a
         later pass.
 
-        After `limit` seconds it is killed, and then(None, b""). Raises OSError if there can be no
-        child.
+        After `limit` seconds then(None, b""), and it is killed: with its group if it has one, not
+        at all if it is spared. Raises OSError if there can be no child.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)  # or the young child's ring our bell
         try:
@@ -2469,14 +2464,15 @@ class Loop:
         request = TokenRequest(uri, host, form, kind, then)
         self.requests.append(request)
         self.starting = True
-        return partial(self._cancel, request)
+        return partial(self._cancel, self.requests, request)
 
-    def _cancel(self, request: TokenRequest) -> None:
-        if request in self.requests:
-            self.requests.remove(request)
-            self.starting = True
-            if request.child is not None:
-                request.child.kill()
+    def _cancel(self, queue: list[Any], job: TokenRequest | Command) -> None:
+        """Have a job never start, or kill its child; nothing if it has ended."""
+        if job in queue:
+            queue.remove(job)
+        if job.child is not None and job.child.then is not None:
+            job.child.kill()
+        self.starting = True  # a slot may have come free
 
     def _start_request(self) -> None:
         """Start the request whose turn it is, one a pass, for a fork takes a millisecond or two.
@@ -2519,23 +2515,17 @@ class Loop:
         or, if it is spared, nobody."""
         waiting = Command(command, variables, limit, group, then, spared)
         self.commands.append(waiting)
-        return partial(self._cancel_command, waiting)
+        return partial(self._cancel, self.commands, waiting)
 
     def _start_command(self, command: Command) -> None:
         work = partial(run_command, command.command, command.variables, self.descriptors)
         try:
             command.child = self.fork(
-                work, command.limit, command.then, command.group, command.spared)
+                work, command.limit, command.then, group=command.group, spared=command.spared)
         except OSError:
             command.due = self.clock.now() + FORK_RETRY  # the dump that it makes may matter
         else:
             self.commands.remove(command)
-
-    def _cancel_command(self, command: Command) -> None:
-        if command in self.commands:
-            self.commands.remove(command)
-        elif command.child is not None and command.child.then is not None:
-            command.child.kill()
 
     def kill_children(self) -> None:
         for child in self.children.values():
@@ -2623,7 +2613,10 @@ class Log:
         self.verbosity, self.descriptor = verbosity, descriptor
         if os.isatty(descriptor):  # whose reader may have typed Ctrl-S
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
-            self.descriptor = os.open(os.ttyname(descriptor), flags)
+            try:
+                self.descriptor = os.open(os.ttyname(descriptor), flags)
+            except OSError:
+                pass  # another user's since su, or of another mount namespace
         self.syslog: socket.socket | None = None
         self.lost = 0
 
@@ -2666,7 +2659,10 @@ class Log:
         return True
 
     def use_syslog(self) -> None:
-        """From now on messages go to syslog."""
+        """From now on messages go to syslog, and the terminal is let go."""
+        if self.descriptor > 2:
+            os.close(self.descriptor)
+            self.descriptor = 2
         self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.syslog.setblocking(False)
 
@@ -2682,9 +2678,9 @@ def config_path(given: str | None) -> str:
 def load_config(path: str, reloading: bool = False) -> Config:
     """Read and parse a configuration file. Raises PizauthError with the path."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | (os.O_NONBLOCK if reloading else 0))
-        with open(descriptor, "rb") as file:
-            if reloading and not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        more = os.O_NONBLOCK if reloading else 0
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | more)) as file:
+            if reloading and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise PizauthError(f"{path} is no file, and only a file can be read anew")
             data = file.read(CONFIG_LIMIT + 1)
     except FileNotFoundError:
@@ -2833,7 +2829,7 @@ class Server:
         # From here on a signal must not end us without run(), which takes it up again.
         signal.pthread_sigmask(signal.SIG_BLOCK, loop_signals())
         self.control_socket = bind_control(self.control_path)
-        self.stopping_told = False
+        self.stopping_told = self.ready_told = False
 
     def set_up_loop(self) -> None:
         """Make what does not survive a fork everywhere: a kqueue is not inherited."""
@@ -2905,14 +2901,15 @@ class Server:
             respond = partial(self.authenticator.redirected, scheme)
             context = self.context if scheme == "https" else None
             self.redirects[scheme] = [
-                Listener(self.loop, sock, "browser", http_head, respond, context)
+                Listener(self.loop, sock, "browser", http_head, respond, context=context)
                 for sock in sockets]
             ports[scheme] = sockets[0].getsockname()[1] if sockets else None
         return ports
 
     def reload(self) -> None:
         """Read the configuration anew and take it, listeners and all, or nothing of it."""
-        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        if self.ready_told:
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             before, config = self.authenticator.config, load_config(self.path, True)
             for name, account in config.accounts.items():
@@ -2924,7 +2921,8 @@ class Server:
             self.authenticator.reconfigure(config, self.adopt(self.bind_redirects(config, before)))
             self.log(INFO, f"Reloaded {self.path}")
         finally:
-            notify("READY=1")
+            if self.ready_told:
+                notify("READY=1")
 
     # The control socket.
 
@@ -2974,7 +2972,7 @@ class Server:
         ready()
         self.log(INFO, f"Serving {len(config.accounts)} account(s) on {self.control_path}")
         if config.startup_cmd is None:
-            notify("READY=1")
+            self.started(0, b"")
         else:
             self.loop.run_command(
                 config.startup_cmd, {}, STARTUP_PATIENCE, False, self.started, spared=True)
@@ -2993,6 +2991,7 @@ class Server:
         """startup_cmd has ended, or has run long enough to be left to itself."""
         if status or output:
             self.log(ERROR, f"startup_cmd: {output.decode() or f'ended with status {status}'}")
+        self.ready_told = True
         notify("READY=1")
 
     def each_pass(self) -> None:
@@ -3084,7 +3083,10 @@ def daemonise(server: Server) -> None:
             os.dup2(null, standard)
         os.close(null)
         server.log.use_syslog()
-        os.write(writer, b"!")
+        try:
+            os.write(writer, b"!")
+        except OSError:
+            pass  # the parent was interrupted meanwhile
         os.close(writer)
 
     try:
@@ -3092,7 +3094,7 @@ def daemonise(server: Server) -> None:
     except PizauthError as error:
         os.write(writer, str(error).encode())  # the parent says it
         raise SystemExit(1) from None
-    except Exception:  # a bug of ours: standard error is /dev/null by now
+    except Exception:  # a bug of ours: standard error may be /dev/null by now
         server.log(ERROR, "The server ended: " + stack_trace())
         raise
 
@@ -3150,29 +3152,13 @@ def asked(verb: bytes, rest: bytes = b"", kind: bytes = b"ok") -> str:
     return text
 
 
-def account_request(account: str, without_url: bool) -> bytes:
+def about(options: argparse.Namespace) -> bytes:
     """The rest of a request about an account, in which its URL is wanted or not."""
-    return (b"withouturl " if without_url else b"withurl ") + os.fsencode(account)
+    return (b"withouturl " if options.without_url else b"withurl ") + os.fsencode(options.account)
 
 
-def print_token(account: str, without_url: bool = False) -> None:
-    put(asked(b"showtoken", account_request(account, without_url), b"access_token") + "\n")
-
-
-def show(options: argparse.Namespace) -> None:
-    print_token(options.account, options.without_url)
-
-
-def refresh(options: argparse.Namespace) -> None:
-    asked(b"refresh", account_request(options.account, options.without_url), b"scheduled")
-
-
-def status(options: argparse.Namespace) -> None:
-    put(asked(b"status") + "\n")
-
-
-def shutdown(options: argparse.Namespace) -> None:
-    ask(b"shutdown:")
+def print_token(rest: bytes) -> None:
+    put(asked(b"showtoken", rest, b"access_token") + "\n")
 
 
 def info(options: argparse.Namespace) -> None:
@@ -3226,14 +3212,6 @@ def restore(options: argparse.Namespace) -> None:
     asked(b"restore", bytes(data))
 
 
-def reload(options: argparse.Namespace) -> None:
-    asked(b"reload")
-
-
-def revoke(options: argparse.Namespace) -> None:
-    asked(b"revoke", os.fsencode(options.account))
-
-
 def server(options: argparse.Namespace) -> None:
     """Run the daemon, in the foreground with -d, else in a child whose word is waited for."""
     import signal
@@ -3243,7 +3221,7 @@ def server(options: argparse.Namespace) -> None:
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass  # a standard stream was closed, and our sockets must not take its number
     given = path.rpartition("/")[2] if path.startswith("/dev/fd/") else ""  # -c <(decrypt ...)
-    spared = int(given) if given.isdecimal() else 3
+    spared = min(max(2, int(given[:9])), DESCRIPTORS) if given.isdecimal() else 2
     os.closerange(3, spared)  # what our starter left open is not ours to hold
     os.closerange(spared + 1, DESCRIPTORS)
     minting = start_minting()
@@ -3280,17 +3258,20 @@ def start_minting() -> tuple[int, int]:
     return pid, reader
 
 
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], str, tuple[str, ...]]] = {
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str, ...]]] = {
     "dump": (dump, "write the tokens to standard output", ()),
     "info": (info, "print where things are and what the server says of itself", ("-c", "-j")),
-    "refresh": (refresh, "ask for a new access token now", ("-u", "account")),
-    "reload": (reload, "have the server read its configuration anew", ()),
+    "refresh": (lambda options: asked(b"refresh", about(options), b"scheduled"),
+                "ask for a new access token now", ("-u", "account")),
+    "reload": (lambda _: asked(b"reload"), "have the server read its configuration anew", ()),
     "restore": (restore, "read tokens from a dump on standard input", ()),
-    "revoke": (revoke, "have the server forget an account's tokens", ("account",)),
+    "revoke": (lambda options: asked(b"revoke", os.fsencode(options.account)),
+               "have the server forget an account's tokens", ("account",)),
     "server": (server, "start the server", ("-c", "-d")),
-    "show": (show, "print an access token", ("-u", "account")),
-    "shutdown": (shutdown, "stop the server", ()),
-    "status": (status, "print a line about each account", ()),
+    "show": (lambda options: print_token(about(options)),
+             "print an access token", ("-u", "account")),
+    "shutdown": (lambda _: ask(b"shutdown:"), "stop the server", ()),
+    "status": (lambda _: put(asked(b"status") + "\n"), "print a line about each account", ()),
 }
 ARGUMENTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "account": (("account",), {"metavar": "ACCOUNT", "help": "an account of the configuration"}),
@@ -3339,7 +3320,7 @@ def main(arguments: list[str]) -> int:
     """Run a command; the exit status."""
     try:
         if len(arguments) == 2 and arguments[0] == "show" and not arguments[1].startswith("-"):
-            print_token(arguments[1])
+            print_token(b"withurl " + os.fsencode(arguments[1]))
             return 0
         options, unknown = command_line().parse_known_args(arguments)
         if unknown:

@@ -691,6 +691,8 @@ class ConfigTest(unittest.TestCase):
             'client_secret = login_hint = "%";', 'client_secret login_hint = "%";',
             'client_secret = "a"; client_secret = "%";', 'client_secret = "%"; client_id = ;',
             'client_id = secret "%";', 'login_hint = a; client_secret = "%";',
+            'client_id = "i; client_secret = "%";', 'client_id = i"; client_secret = "%";',
+            'auth_uri_fields = {"a": "b", "password: "%"};',
         ):
             with self.subTest(option=option):
                 text = f'account "x" {{ {GOOD} {option.replace("%", "hush;push")} }}'
@@ -871,7 +873,7 @@ CONFIG_ERRORS = [
     ('account "x" {\nscopes = "a";\n}\n',
      'line 2, column 10: Expected a list of strings, ["a", "b"], after \'=\''),
     ('account "x" {\nscopes = ["a",];\n}\n',
-     "line 2, column 15: Expected a string in double quotes after ','"),
+     "line 2, column 15: Expected a string in double quotes after ',': leave out the ','"),
     ('account "x" {\nscopes = ["a" "b"];\n}\n',
      "line 2, column 15: Expected ',' or ']' after a string"),
     ('account "x" {\nauth_uri_fields = ["a"];\n}\n',
@@ -1046,7 +1048,8 @@ class MessagesTest(unittest.TestCase):
             ("a\tb-secret", "a\tb-secret"), ("x\u00a0yz", "x\u00a0yz"),
             ("hush hush", "hush%20hush"), ("hush hush", "hush+hush"),
             ("rt/1+x=", "rt%2f1%2bx%3d"), ("rt/1+x=", "rt/1%2Bx%3D"),
-            ("a<b>&c", "a&lt;b&gt;&amp;c"), ("Hush", "hUSH"),
+            ("a<b>&c", "a&lt;b&gt;&amp;c"), ("Hush", "hUSH"), ("it's&", "it&#39;s&amp;"),
+            ("it's&", "it&#x27;s&amp;"), ("it's&", "it's&amp;"),
         ):
             with self.subTest(secret=secret, echo=echo):
                 form = {"client_secret": secret}
@@ -2188,6 +2191,17 @@ class ReloadTest(unittest.TestCase):
                          "http://localhost:9090/")
         self.assertNotEqual(world.state(), old)
 
+    def test_a_reload_that_fails_leaves_nothing_open(self):
+        with tempfile.TemporaryDirectory(prefix="piz") as directory:
+            before = os.dup(0)
+            os.close(before)
+            for _ in range(3):
+                with self.assertRaisesRegex(pizauth.PizauthError, "is no file|Is a directory"):
+                    pizauth.load_config(directory, reloading=True)
+            after = os.dup(0)
+            os.close(after)
+        self.assertEqual(after, before)
+
     def test_a_reload_that_fails_is_told_and_changes_nothing(self):
         world = World()
         world.authorise()
@@ -3131,6 +3145,13 @@ class LoopTest(unittest.TestCase):
         self.assertEqual((self.received(peer), self.open()), (b"", 0))
         self.assertIn("ZeroDivisionError", self.logged[0])
 
+    def test_an_error_of_the_system_in_a_handler_is_not_taken_for_the_peers_going(self):
+        peer = self.connect(respond=lambda _, answer: os.unlink("/nowhere/at/all"))
+        peer.shutdown(socket.SHUT_WR)
+        self.pump()
+        self.assertEqual((self.received(peer), self.open()), (b"", 0))
+        self.assertIn("FileNotFoundError", self.logged[0])
+
     def test_at_the_cap_the_one_that_has_been_reading_longest_makes_room(self):
         peers = [self.connect() for _ in range(256)]
         peers[0].send(b"x:")
@@ -3323,6 +3344,23 @@ class LoopTest(unittest.TestCase):
         self.assertTrue(until(lambda: not alive(child.pid)))
         child.reap()
 
+    def test_an_own_alarm_leaves_the_server_time_to_end_a_group_after_a_sleep(self):
+        path = self.in_file()
+        self.loop.clock = pizauth.Clock()
+        ended = []
+        self.loop.run_command(f"sleep 60 & echo $! > {path}; wait", {}, 0.5, True,
+                              lambda *outcome: ended.append(outcome))
+        with unittest.mock.patch.object(pizauth, "AFTER_SLEEP", 2):
+            self.loop.expire()
+            until(lambda: os.path.exists(path) and os.path.getsize(path))
+            (child,) = self.loop.children.values()
+            child.deadline -= 100  # as if the machine had slept
+            self.run_until(lambda: ended)
+        self.assertEqual(ended, [(None, b"")])
+        with open(path, encoding="ascii") as file:
+            sleeper = int(file.read())
+        self.assertTrue(until(lambda: not alive(sleeper)))
+
     def test_at_the_end_no_request_that_waits_is_started(self):
         """It would be killed, and its answer, which may hold a rotated token, be lost."""
         started = self.hold_forks()
@@ -3335,6 +3373,10 @@ class LoopTest(unittest.TestCase):
         self.loop.requests[0].child.end(0, b"200 0 1\n{}")
         self.start_all()
         self.assertEqual((started, len(self.asked)), (["h"] * 3, 1))
+        self.assertFalse(self.loop.finished(idle))
+        for request in self.loop.requests[:2]:
+            request.child.end(0, b"200 0 1\n{}")
+        self.assertTrue(self.loop.finished(idle))  # without a grace for what will never start
 
     def test_hosts_that_hang_do_not_hold_up_another(self):
         started = self.hold_forks()
@@ -3364,7 +3406,8 @@ class LoopTest(unittest.TestCase):
         def fork(work, limit, then, nice):
             self.assertEqual(nice, 10)
             started.append(work.args[0].split("/")[2])
-            return unittest.mock.Mock(spec=pizauth.Child, deadline=0.0, kill=lambda: None, end=then)
+            return unittest.mock.Mock(
+                spec=pizauth.Child, deadline=0.0, kill=lambda: None, end=then, then=then)
 
         self.loop.fork = fork
         return started
@@ -4570,12 +4613,22 @@ class EndToEndTest(unittest.TestCase):
         self.addCleanup(daemon.run, "shutdown")
         server = f"{sys.executable} {PROGRAM} server"
         piped = f"cat {daemon.config} | {server} -c /dev/fd/9 9<&0"
-        for command in (f"trap '' CHLD; {server}", piped):
+        for command in (f"trap '' CHLD; {server}", piped,
+                        f"{server} -c /dev/fd/0 < {daemon.config}",
+                        f"{server} 3> {daemon.directory}/held"):
             done = subprocess.run(["sh", "-c", command], env=daemon.environment,
                                   capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
             self.assertEqual(daemon.run("status").stdout, "x: No access token\n")
+            self.assertNotIn(f"{daemon.directory}/held", self.files_of(daemon))
             self.assertEqual(daemon.run("shutdown").returncode, 0)
+
+    def files_of(self, daemon):
+        """What a server in the background has open, where that can be known."""
+        with open(f"{daemon.directory}/pizauth/pizauth.lock", encoding="ascii") as lock:
+            directory = f"/proc/{int(lock.read())}/fd"
+        names = os.listdir(directory) if os.path.isdir(directory) else ()
+        return [os.readlink(f"{directory}/{name}") for name in names]
 
     def test_a_second_signal_ends_it_at_once(self):
         daemon = self.start(self.provider.account(fault="silent"))
@@ -4648,8 +4701,10 @@ class EndToEndTest(unittest.TestCase):
                 socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             manager.bind(f"{directory}/n")
             manager.settimeout(10)
-            daemon = self.start(self.provider.account() + 'startup_cmd = "touch $HOME/up";',
-                                environment={"NOTIFY_SOCKET": f"{directory}/n"})
+            daemon = self.start(
+                self.provider.account() + 'startup_cmd = "sleep 0.5; touch $HOME/up";',
+                environment={"NOTIFY_SOCKET": f"{directory}/n"})
+            self.assertEqual(daemon.ask(b"reload:"), b"ok:")  # which is no reason to be READY
             self.assertEqual(manager.recv(99), b"READY=1")
             self.assertTrue(os.path.exists(os.path.join(daemon.directory, "up")))
             daemon.run("reload")
