@@ -995,12 +995,11 @@ def refusal(error: PizauthError) -> bytes:
 class Clock:
     """The time, by a clock that counts suspension and by the wall's. Tests have their own."""
 
-    def __init__(self) -> None:
-        self._id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    now: Callable[[], float]  # gives seconds since some moment, which nobody sets back
 
-    def now(self) -> float:
-        """Seconds since some moment, which nobody sets back."""
-        return time.clock_gettime(self._id)
+    def __init__(self) -> None:
+        boottime = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+        self.now = partial(time.clock_gettime, boottime)
 
     def wall(self) -> float:
         """Seconds since the epoch, as far as the machine knows."""
@@ -2052,7 +2051,7 @@ class Exchange:
             pass  # that is all for now
         if self.state == "reading":
             self._take()
-        if self.outgoing or self.state == "closed":
+        if self.state == "closed" or self.outgoing:
             return  # _write() watches
         if self.eof and self.state == "draining":
             return self.close()
