@@ -737,7 +737,7 @@ def authorization_response(query: str) -> AuthorizationResponse:
 
 
 def access_token_request(account: Account, code: str, code_verifier: str,
-                         redirect_uri: str) -> dict[str, str]:
+                         redirect_uri: str) -> Fields:
     """The form that exchanges a code for tokens (RFC 6749 4.1.3, RFC 7636 4.5)."""
     form = {
         "code": code,
@@ -749,20 +749,20 @@ def access_token_request(account: Account, code: str, code_verifier: str,
     return with_client_secret(form, account)
 
 
-def refresh_request(account: Account, refresh_token: str) -> dict[str, str]:
+def refresh_request(account: Account, refresh_token: str) -> Fields:
     """The form that asks for a new access token (RFC 6749 6)."""
     form = {"client_id": account.client_id, "refresh_token": refresh_token,
             "grant_type": "refresh_token"}
     return with_client_secret(form, account)
 
 
-def with_client_secret(form: dict[str, str], account: Account) -> dict[str, str]:
+def with_client_secret(form: Fields, account: Account) -> Fields:
     """The form with the client's secret, if one is set, even if it is empty (RFC 6749 2.3.1)."""
     secret = account.client_secret
     return form if secret is None else {**form, "client_secret": secret}
 
 
-def without_secrets(text: str, form: dict[str, str]) -> str:
+def without_secrets(text: str, form: Fields) -> str:
     """A provider's message without control characters and the form's secrets, which it may echo,
     as they are or escaped for a URL or a page."""
     escapes = (str, printable, html_text, urllib.parse.quote, urllib.parse.quote_plus,
@@ -785,7 +785,7 @@ def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes) -> 
     return f"{status} {retry_after} {whole:d}\n".encode() + body
 
 
-def token_response(outcome: bytes, form: dict[str, str]) -> TokenResponse:
+def token_response(outcome: bytes, form: Fields) -> TokenResponse:
     """Judge a token request's outcome. Raises TransientError or PermanentError, fit to be shown."""
     head, _, body = outcome.partition(b"\n")
     status, delay, whole = (float(word) for word in head.split())
@@ -1020,7 +1020,7 @@ class Pending(Record):
     url: str
     remind_at: float
     notified_at: float | None = None
-    form: dict[str, str] | None = None
+    form: Fields | None = None
     tries: int = 0
     retry_at: float | None = None
     cancel: Cancel | None = None  # set while a token request runs
@@ -1246,8 +1246,8 @@ def unseal(dump: bytes) -> bytes:
 
 # ---- Authenticator ----
 # All state and every transition. It has no socket, process or clock of its own: time, token
-# requests and the log are given to it, and what it hears comes through control(), redirected(),
-# run_due() and the outcomes of the requests it asked for.
+# requests, commands and the log are given to it. What it hears comes through control(),
+# redirected(), run_due(), hang_up(), reconfigure() and the outcomes of what it asked for.
 
 
 SUPERSEDED = "This authorization request is void: there is a newer one, or the account has changed."
@@ -1443,7 +1443,7 @@ class Authenticator:
         self._log(DEBUG, f"{name}: refreshing")
         self._rescheduled()
 
-    def _refreshed(self, name: str, token: Active, form: dict[str, str], outcome: bytes) -> None:
+    def _refreshed(self, name: str, token: Active, form: Fields, outcome: bytes) -> None:
         """The token endpoint's answer to a refresh token."""
         if self._tokens.get(name) is not token:
             return  # revoked, reloaded or restored while the request was in flight
@@ -1807,7 +1807,7 @@ def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
         return f"cannot start {shell}: {error}".encode("utf-8", "replace")
 
 
-def post_form(uri: str, form: dict[str, str]) -> bytes:
+def post_form(uri: str, form: Fields) -> bytes:
     """Runs in a child: post a form and return outcome_bytes()."""
     import http.client
     import urllib.request
@@ -2243,7 +2243,7 @@ class TokenRequest(Record):
 
     uri: str
     host: str
-    form: dict[str, str]
+    form: Fields
     kind: str  # "code", which is urgent, or "refresh"
     then: Callable[[bytes], None]
     child: Child | None = None
@@ -2456,7 +2456,7 @@ class Loop:
         child.group, child.spared = group, spared
         return child
 
-    def post(self, uri: str, form: dict[str, str], urgent: bool,
+    def post(self, uri: str, form: Fields, urgent: bool,
              then: Callable[[bytes], None]) -> Cancel:
         """Start a token request in a child once there is a slot; code exchanges are urgent."""
         host, kind = urllib.parse.urlsplit(uri).netloc, "code" if urgent else "refresh"
@@ -2845,16 +2845,19 @@ class Server:
     def set_up_https(self, config: Config, minting: tuple[int, int]) -> None:
         """Have TLS with the minted certificate; without `cryptography` only if nobody needs it."""
         about = minted(minting)
-        for name, account in config.accounts.items():
-            if not about and split_uri(account.redirect_uri).scheme == "https":
-                raise PizauthError(
-                    f"Account {printable(name)} has an 'https' redirect, which {NEEDS}")
         if about:
             self.context = tls_context(about.pop("pem"), self.directory)
             self.about_https = about
         else:
+            self.do_without_https(config, f"which {NEEDS}")
             self.https_missing = True
             complain(f"WARNING - HTTPS is off: it {NEEDS}, or set https_listen = none")
+
+    def do_without_https(self, config: Config, why: str) -> None:
+        """Raise PizauthError if an account's redirect needs what this server cannot have."""
+        for name, account in config.accounts.items():
+            if split_uri(account.redirect_uri).scheme == "https":
+                raise PizauthError(f"Account {printable(name)} has an 'https' redirect, {why}")
 
     def bind_redirects(self, config: Config, before: Config | None) -> dict[str, list[Any]]:
         """Sockets for the redirect listeners whose addresses have changed: all, or PizauthError."""
@@ -2911,12 +2914,9 @@ class Server:
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             before, config = self.authenticator.config, load_config(self.path, True)
-            for name, account in config.accounts.items():
-                if self.context is None and split_uri(account.redirect_uri).scheme == "https":
-                    why = f"which {NEEDS}, and restart" if self.https_missing else (
-                        "but HTTPS was off when the server started: restart it")
-                    raise PizauthError(
-                        f"Account {printable(name)} has an 'https' redirect, {why}")
+            if self.context is None:
+                self.do_without_https(config, f"which {NEEDS}, and restart" if self.https_missing
+                                      else "but HTTPS was off when the server started: restart it")
             self.authenticator.reconfigure(config, self.adopt(self.bind_redirects(config, before)))
             self.log(INFO, f"Reloaded {self.path}")
         finally:
