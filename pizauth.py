@@ -2062,6 +2062,8 @@ class Exchange:
         """Hand the request on, once it is whole."""
         try:
             request = self.frame(self.buffer, self.eof)
+            if request is None and len(self.buffer) > REQUEST_LIMIT:
+                self.loop.admit_large(self)
         except PizauthError as error:
             self.loop.log(DEBUG, f"A {self.kind} request was refused: {error}")
             return self.answer(refusal(error))
@@ -2277,6 +2279,7 @@ class Loop:
         self.selector = selectors.DefaultSelector()
         # The oldest of each kind come first.
         self.exchanges: dict[str, dict[Exchange, None]] = {kind: {} for kind in CONNECTIONS}
+        self.large: Exchange | None = None  # the one that reads a long request
         self.paused: dict[Listener, float] = {}
         self.children: dict[int, Child] = {}
         self.refused: list[Callable[[], None]] = []  # tells those whose child could not be forked
@@ -2405,9 +2408,17 @@ class Loop:
             victim.close()
         return victim is not None
 
+    def admit_large(self, exchange: Exchange) -> None:
+        """Let an exchange read a long request. Raises RequestError if another does: 256 dumps of
+        16 MiB at once would be 4 GiB."""
+        if self.large not in (None, exchange):
+            raise RequestError("Another dump is being restored: try again in a moment")
+        self.large = exchange
+
     def closed(self, exchange: Exchange) -> None:
         """An exchange has ended, so that there is room again."""
         del self.exchanges[exchange.kind][exchange]
+        self.large = None if self.large is exchange else self.large
         while self.paused:
             self._resume(next(iter(self.paused)))
 

@@ -3103,6 +3103,27 @@ class LoopTest(unittest.TestCase):
         self.assertEqual(self.received(peer), b"error:The request is longer than 64 KiB")
         self.assertEqual((self.asked, self.open()), ([], 0))
 
+    def test_one_dump_is_read_at_a_time(self):
+        """Or 256 clients could have 4 GiB of the server's memory."""
+        large = b"restore:" + bytes(100_000)
+        first, second = self.connect(), self.connect()
+        for peer in (first, second):
+            peer.sendall(large)
+            self.pump()
+        second.shutdown(socket.SHUT_WR)
+        self.pump()
+        self.assertEqual(self.received(second), b"error:Another dump is being restored: try again"
+                                                b" in a moment")
+        first.shutdown(socket.SHUT_WR)
+        self.pump()
+        self.asked[0][1](b"ok:")
+        self.assertEqual(self.received(first), b"ok:")
+        third = self.connect(respond=lambda request, answer: answer(b"%d" % len(request)))
+        third.sendall(large)
+        third.shutdown(socket.SHUT_WR)
+        self.pump()
+        self.assertEqual(self.received(third), b"100008")
+
     def test_a_long_reply_reaches_a_slow_reader(self):
         peer = self.connect(respond=lambda _, answer: answer(b"y" * 3_000_000))
         peer.shutdown(socket.SHUT_WR)
