@@ -111,6 +111,7 @@ CLIENT_TIMEOUT = 10  # How long do clients wait for the server's next byte, `shu
 
 # Sizes, in bytes.
 CONFIG_LIMIT = 16 << 20  # of a configuration file
+CONTEXT = 8 << 10  # of it on either side of an error, to tell names from what may be a secret
 ANSWER_LIMIT = 1 << 20  # of a token endpoint's answer
 FORM_LIMIT = 64 << 10  # of one that is a form
 REQUEST_LIMIT = 64 << 10  # of a control request
@@ -319,10 +320,10 @@ def config_error(text: str, at: int, message: str) -> ConfigError:
     """The error at an offset: place, message, that line (secrets starred), and a mark below it."""
     start = text.rfind("\n", 0, at) + 1
     line, column = text.count("\n", 0, at) + 1, at - start + 1
-    near = max(0, at - CHUNK)  # enough to know what is inside a string, and never too much
+    near = max(0, at - CONTEXT)
     hidden = re.sub(r"(?i)(secret|password)([^\n]*)",  # however the quotes pair
                     lambda match: match[1] + re.sub(r'[^"\s;=]', "*", match[2]),
-                    without_values(text[near : at + CHUNK]))
+                    without_values(text[near : at + CONTEXT]))
     before = hidden[max(start, at - 60) - near : at - near]
     after = hidden[at - near : at - near + 60].split("\n")[0]
     shown = "".join(c if c == "\t" or c.isprintable() else "?" for c in before + after)
@@ -341,12 +342,14 @@ def without_values(text: str) -> str:
 
     def starred(match: re.Match[str]) -> str:
         name, value = match["name"] or "", match["value"] or ""
-        if not name or re.fullmatch(
-                r'([\s=]*([0-9]+[smhd]|none|off)?|\s*"[^"]*"\s*\{)[^\w"]*', value):
+        core = value.strip(" \t\r\n=;{}")
+        if (not name or not re.search(r'[\w"]', core)
+                or re.fullmatch(r"[0-9]+[smhd]|none|off", core)
+                or re.fullmatch(r'\s*"[^"]*"\s*\{[^\w"]*', value)):
             return match[0]
         return name + re.sub(r'[^"\s;=]', "*", value)
 
-    return re.sub(rf"""(?P<name> "\w*(?i:secret|password)\w*" | (?!(?:{harmless})\b) \w+ )
+    return re.sub(rf"""(?P<name> "(?=\w*(?i:secret|password))\w*" | (?!(?:{harmless})\b) \w+ )
                        (?P<value> {gap} [=:>]* {gap} [^"\n]* (?: {string} [^"\n]* )*)
                      | {string} | \w+ (?:{gap}= (?: (?!\w*(?i:secret)) \w+ | [^\w\n";] )* )?
                   """, starred, text,
