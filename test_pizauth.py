@@ -2907,11 +2907,11 @@ EVIL = [
         b"a=\n", b'x = "', b"client_secret ", b"client_secret\n", b'client_secret = "\\"')],
     *[(fuzz_config, 1 << 20, lambda n, start=start: start + b'"a",' * (n // 4)) for start in (
         b'account "x" { scopes = [', b'client_secret = "', b"client_secret = [", b"oops = ")],
-    *[(fuzz_config, 1 << 17, lambda n, start=start, piece=piece: (start + piece * n)[:n])
+    *[(fuzz_config, 1 << 13, lambda n, start=start, piece=piece: (start + piece * n)[:n])
       for start in (b'"', b"a = ", b"client_id = ", b'a = "', b"") for piece in (
         b"secret", b"secret ", b'secret"', b"a secret=", b"password\n", b"9s", b"// ", b'{"a":',
         b"\n", b" ", b"=", b"client_id // ", b"client_id ", b"client_id //\n", b"{")],
-    *[(fuzz_config, 1 << 17, lambda n, piece=piece: b"oops " + piece * (n // len(piece)) + b"y")
+    *[(fuzz_config, 1 << 13, lambda n, piece=piece: b"oops " + piece * (n // len(piece)) + b"y")
       for piece in (b"\n", b" =", b"client_id // ", b";")],
     *[(fuzz_config, 1 << 20, lambda n, piece=piece: account(
         "x", f'redirect_uri = "http://{piece * (n // len(piece))}/";').encode())
