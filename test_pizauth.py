@@ -3982,6 +3982,23 @@ class DirectoryTest(unittest.TestCase):
                 f"WARNING - {lost} messages were lost: the log was full", "ERROR - heard"])
         self.assertLessEqual(longest, 4095)
 
+    def test_a_terminal_that_nobody_reads_holds_nothing_up_and_is_let_go_for_syslog(self):
+        master, slave = os.openpty()
+        self.addCleanup(os.close, master)
+        log = pizauth.Log(0, slave)
+        for _ in range(3000):
+            log(pizauth.ERROR, "x" * 100)
+        self.assertGreater(log.lost, 0)
+        os.close(slave)
+        log.use_syslog()
+        self.addCleanup(log.syslog.close)
+        os.set_blocking(master, False)
+        try:
+            while os.read(master, 65536):
+                pass  # what the log wrote
+        except OSError as error:  # at its end Linux says EIO, others read nothing
+            self.assertEqual(error.errno, errno.EIO)
+
     def syslog(self):
         """A log whose syslog is a socket of the test's; that socket."""
         log = pizauth.Log(4)
