@@ -2017,6 +2017,13 @@ class Exchange:
                 self._read()
         except OSError:
             self.close()  # the peer has gone, or speaks no TLS
+        except Exception:
+            self._lost()
+
+    def _lost(self) -> None:
+        """A bug of ours must end neither the daemon nor, by staying readable, its sleep."""
+        self.loop.log(ERROR, "A request was lost to a bug: " + stack_trace())
+        self.close()
 
     def answer(self, reply: bytes) -> None:
         """Send the reply and end; does nothing if the peer has gone meanwhile."""
@@ -2074,9 +2081,8 @@ class Exchange:
             self.state, self.deadline, self.buffer = "parked", None, Received()
             try:
                 self.respond(request, self.answer)
-            except Exception:  # a bug of ours, which must not end the daemon
-                self.loop.log(ERROR, "A request was lost to a bug: " + stack_trace())
-                self.close()
+            except Exception:  # also an OSError, which is not the peer's here
+                self._lost()
         elif self.eof:
             self.close()
         elif self.tls is not None and self.tls.outgoing.pending:

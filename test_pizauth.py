@@ -3172,6 +3172,13 @@ class LoopTest(unittest.TestCase):
         self.assertEqual((self.received(peer), self.open()), (b"", 0))
         self.assertIn("ZeroDivisionError", self.logged[0])
 
+    def test_a_bug_in_a_frame_ends_that_exchange_alone(self):
+        peer = self.connect(frame=lambda buffer, eof: 1 / 0)
+        peer.send(b"x")
+        self.pump()
+        self.assertEqual((self.open(), self.loop.selector.select(0)), (0, []))
+        self.assertIn("ZeroDivisionError", self.logged[0])
+
     def test_an_error_of_the_system_in_a_handler_is_not_taken_for_the_peers_going(self):
         peer = self.connect(respond=lambda _, answer: os.unlink("/nowhere/at/all"))
         peer.shutdown(socket.SHUT_WR)
