@@ -3173,7 +3173,7 @@ class LoopTest(unittest.TestCase):
         self.assertIn("ZeroDivisionError", self.logged[0])
 
     def test_a_bug_in_a_frame_ends_that_exchange_alone(self):
-        peer = self.connect(frame=lambda buffer, eof: 1 / 0)
+        peer = self.connect(frame=lambda buffer, eof: 1 / 0 if buffer else None)
         peer.send(b"x")
         self.pump()
         self.assertEqual((self.open(), self.loop.selector.select(0)), (0, []))
