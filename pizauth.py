@@ -57,7 +57,7 @@ TYPE_CHECKING = False  # `typing` would cost every `show` 2 ms; mypy takes this 
 if TYPE_CHECKING:
     import argparse, binascii, errno, fcntl, gc, json, re, resource, select, selectors, signal
     import socket, ssl, time, urllib.parse
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
     from functools import partial
@@ -99,7 +99,7 @@ LONGEST_SLEEP = 37  # How late may we notice that the machine slept? (poll does 
 ERROR_LIMIT = 60  # How long may error_notify_cmd run?
 EVENT_LIMIT = 10  # And token_event_cmd, which holds up the next event?
 VERDICT_LIMIT = 180  # And transient_error_if_cmd, which holds up the next refresh?
-FOR_EVER = float("inf")  # the limit of what has none
+FOR_EVER = float("inf")  # the limit of what has none, the moment of what is not to come
 STARTUP_PATIENCE = 60  # How long does READY=1 wait for startup_cmd, which may run for ever?
 GRACE = 2  # How long may what is in flight at the end still reach token_event_cmd?
 FORK_RETRY = 1  # How long until a shell command is started for which there was no process?
@@ -1287,23 +1287,20 @@ class Authenticator:
         self._not_before: dict[str, float] = {}  # an account's next refresh, whoever asks for it
         self._events: list[tuple[str, str]] = []  # to be told; the first is being told
         self._notifiers: dict[str, Cancel] = {}  # each account's last auth_notify_cmd
-        self._deadline: float | None = None
-        self._deadline_known = False
+        self._deadline: float | None = None  # None if not known
 
     # What is due, and when.
 
-    def deadline(self) -> float | None:
-        """The moment at which run_due() next has something to do; None if nothing is scheduled."""
-        if not self._deadline_known:
-            self._deadline = min((moment for moment, *_ in self._appointments()), default=None)
-            self._deadline_known = True
+    def deadline(self) -> float:
+        """The moment at which run_due() next has something to do; FOR_EVER if never."""
+        if self._deadline is None:
+            self._deadline = min((moment for moment, *_ in self._appointments()), default=FOR_EVER)
         return self._deadline
 
     def run_due(self) -> None:
         """Do everything that is due by now."""
         now = self._clock.now()
-        moment = self.deadline()
-        if moment is None or moment > now:
+        if self.deadline() > now:
             return
         for moment, act, name, token in list(self._appointments()):
             if moment <= now and self._tokens.get(name) is token:
@@ -1327,7 +1324,7 @@ class Authenticator:
 
     def _rescheduled(self) -> None:
         """Every change of what _appointments() yields ends here."""
-        self._deadline_known = False
+        self._deadline = None
 
     # Transitions.
 
@@ -2001,7 +1998,7 @@ class Exchange:
         self.loop, self.sock, self.kind, self.tls = loop, sock, kind, tls
         self.frame, self.respond = frame, respond
         self.state = "reading"
-        self.deadline: float | None = loop.clock.now() + CONNECTION_TIMEOUT
+        self.deadline = loop.clock.now() + CONNECTION_TIMEOUT
         self.watched = 0  # the events that the selector watches for
         self.buffer = Received()
         self.outgoing: bytes | memoryview = b""
@@ -2029,7 +2026,7 @@ class Exchange:
         """Send the reply and end; does nothing if the peer has gone meanwhile."""
         if self.state not in ("reading", "parked"):
             return
-        self.state, self.deadline = "writing", None
+        self.state, self.deadline = "writing", FOR_EVER
         try:
             if self.tls is not None:
                 self.tls.encrypt(reply)
@@ -2078,7 +2075,8 @@ class Exchange:
             self.loop.log(DEBUG, f"A {self.kind} request was refused: {error}")
             return self.answer(refusal(error))
         if request is not None:
-            self.state, self.deadline, self.buffer = "parked", None, Received()
+            self.state, self.deadline = "parked", FOR_EVER
+            self.buffer.clear()
             try:
                 self.respond(request, self.answer)
             except Exception:  # also an OSError, which is not the peer's here
@@ -2106,7 +2104,7 @@ class Exchange:
 
     def _watch(self, events: int) -> None:
         """Have the selector watch for these events; 0: for none."""
-        if events and self.deadline is None and self.state != "parked":
+        if events and self.deadline == FOR_EVER and self.state != "parked":
             self.deadline = self.loop.clock.now() + CONNECTION_TIMEOUT  # to read our reply
         if events == self.watched:
             return
@@ -2128,6 +2126,7 @@ class Listener:
                  *, context: ssl.SSLContext | None = None) -> None:
         self.loop, self.sock, self.kind, self.context = loop, sock, kind, context
         self.frame, self.respond = frame, respond
+        self.deadline = FOR_EVER  # when accepting goes on, if it is paused
         sock.setblocking(False)
         loop.selector.register(sock, selectors.EVENT_READ, self.ready)
 
@@ -2151,10 +2150,15 @@ class Listener:
                 Exchange(self.loop, sock, self.kind, self.frame, self.respond, tls=tls).ready()
             else:
                 sock.close()
+            if not any(self.loop.exchanges.values()):
+                return  # nobody is kept waiting by one more pass, and to hear that no other
+                # connection has come would cost 6 % of the requests a second
 
     def close(self) -> None:
         """Stop listening, and give the port back."""
-        if self.loop.paused.pop(self, None) is None:
+        if self in self.loop.paused:
+            self.loop.paused.remove(self)
+        else:
             self.loop.selector.unregister(self.sock)
         try:
             self.sock.shutdown(socket.SHUT_RDWR)  # or a child just forked would still hold the port
@@ -2203,7 +2207,7 @@ class Child:
 
     def kill(self) -> None:
         """End it without hearing from it; it is reaped when it has gone."""
-        self.then = None
+        self.then, self.deadline = None, FOR_EVER
         self._close_pipe()
         for kill in (os.killpg, os.kill) if self.group else (os.kill,):
             try:
@@ -2261,7 +2265,7 @@ class TokenRequest(Record):
 
 
 class Command(Record):
-    """A shell command that waits to be started, at `due` again, or runs."""
+    """A shell command that waits to be started, at the deadline again, or runs."""
 
     command: str
     variables: Fields
@@ -2269,7 +2273,7 @@ class Command(Record):
     group: bool
     then: Ended
     spared: bool = False
-    due: float = 0
+    deadline: float = 0
     child: Child | None = None
 
 
@@ -2289,7 +2293,7 @@ class Loop:
         # The oldest of each kind come first.
         self.exchanges: dict[str, dict[Exchange, None]] = {kind: {} for kind in CONNECTIONS}
         self.large: Exchange | None = None  # the one that reads a long request
-        self.paused: dict[Listener, float] = {}
+        self.paused: list[Listener] = []
         self.children: dict[int, Child] = {}
         self.refused: list[Callable[[], None]] = []  # tells those whose child could not be forked
         self.fork_failed = False  # at the last try?
@@ -2298,7 +2302,7 @@ class Loop:
         self.commands: list[Command] = []  # that wait to be started
         self.signals = loop_signals()
         self.flags: set[int] = set()  # those that came
-        self.grace_ends: float | None = None  # once stopping: when we end whatever is in flight
+        self.grace_ends = FOR_EVER  # once stopping: when we end whatever is in flight
         self.bell, self.rung = socket.socketpair()
 
     # Signals: a handler adds to a set, and its byte on a socket pair ends the wait. The byte is a
@@ -2327,7 +2331,7 @@ class Loop:
             for child in list(self.children.values()):
                 child.reap()
         if flags & {signal.SIGTERM, signal.SIGINT}:
-            self.grace_ends = self.clock.now() if authenticator.stopping else None
+            self.grace_ends = self.clock.now() if authenticator.stopping else FOR_EVER
             authenticator.stopping = True
         elif signal.SIGHUP in flags and not authenticator.stopping:
             authenticator.hang_up()
@@ -2338,12 +2342,13 @@ class Loop:
         """Serve until the authenticator is stopping, and what is in flight has had its grace."""
         while not self.finished(authenticator):
             try:
-                self.expire()
-                if not authenticator.stopping:
-                    authenticator.run_due()
-                for key, events in self.selector.select(self.patience(authenticator)):
+                patience = self.patience(authenticator)
+                if patience == 0:
+                    self.run_due(authenticator)
+                for key, events in self.selector.select(patience):
                     key.data(events)
-                self.heed_signals(authenticator)
+                if self.flags:
+                    self.heed_signals(authenticator)
                 each_pass()
             except Exception:  # a bug of ours, which must not end the daemon, nor make it spin
                 self.log(ERROR, "Something was lost to a bug: " + stack_trace())
@@ -2353,47 +2358,43 @@ class Loop:
         """Is it time to end? A rotated refresh token must reach the dump of token_event_cmd."""
         if not authenticator.stopping:
             return False
-        if self.grace_ends is None:
+        if self.grace_ends == FOR_EVER:
             self.grace_ends = self.clock.now() + GRACE
         in_flight = any(request.child is not None for request in self.requests)
         return not (in_flight or authenticator.busy()) or self.clock.now() >= self.grace_ends
 
     def patience(self, authenticator: Authenticator) -> float | None:
-        """How long the loop may sleep; None: until somebody comes."""
-        moments = [*self._deadlines(), *self.paused.values()]
-        due = self.grace_ends if authenticator.stopping else authenticator.deadline()
-        if due is not None:
-            moments.append(due)
-        moments += [command.due for command in self.commands]
+        """How long the loop may sleep; 0: something is due; None: until somebody comes."""
         if self.refused or self.starting:
             return 0
-        return max(0, min(LONGEST_SLEEP, min(moments) - self.clock.now())) if moments else None
+        moment = self.grace_ends if authenticator.stopping else authenticator.deadline()
+        timed: tuple[Iterable[Any], ...] = (
+            *self.exchanges.values(), self.children.values(), self.commands, self.paused)
+        for kind in timed:
+            for one in kind:
+                moment = min(moment, one.deadline)
+        return None if moment == FOR_EVER else max(0, min(LONGEST_SLEEP, moment - self.clock.now()))
 
-    def _deadlines(self) -> Iterator[float]:
-        for kind in self.exchanges.values():
-            yield from (exchange.deadline for exchange in kind if exchange.deadline is not None)
-        for child in self.children.values():
-            if child.then is not None and child.deadline < FOR_EVER:
-                yield child.deadline
-
-    def expire(self) -> None:
-        """End what has reached its deadline, and tell those whose child could not be forked."""
+    def run_due(self, authenticator: Authenticator) -> None:
+        """End what has reached its deadline, start what waits for its turn, tell who was refused a
+        child, and have the authenticator do what is due."""
         now = self.clock.now()
-        for kind in self.exchanges.values():
-            for exchange in [e for e in kind if e.deadline is not None and e.deadline <= now]:
-                exchange.close()
-        for child in [c for c in self.children.values()
-                      if c.then is not None and c.deadline <= now]:
+        for exchange in [exchange for kind in self.exchanges.values() for exchange in kind
+                         if exchange.deadline <= now]:
+            exchange.close()
+        for child in [child for child in self.children.values() if child.deadline <= now]:
             child.expire(now)
         refused, self.refused = self.refused, []
         for tell in refused:
             tell()
-        for command in [c for c in self.commands if c.due <= now][:COMMANDS_A_PASS]:
+        for command in [one for one in self.commands if one.deadline <= now][:COMMANDS_A_PASS]:
             self._start_command(command)
         if self.starting:
             self._start_request()
-        for listener in [listener for listener, until in self.paused.items() if until <= now]:
+        for listener in [listener for listener in self.paused if listener.deadline <= now]:
             self._resume(listener)
+        if not authenticator.stopping:
+            authenticator.run_due()
 
     def tell(self, then: Ended | None, status: int | None, output: bytes) -> None:
         """Tell who waits for a child, if anybody does, how it ended."""
@@ -2429,16 +2430,17 @@ class Loop:
         del self.exchanges[exchange.kind][exchange]
         self.large = None if self.large is exchange else self.large
         while self.paused:
-            self._resume(next(iter(self.paused)))
+            self._resume(self.paused[0])
 
     def pause(self, listener: Listener) -> None:
         """Descriptors or memory have run out: accept no more until some are free or time passed."""
         self.log(WARNING, "Out of descriptors or memory: accepting connections is paused")
         self.selector.unregister(listener.sock)
-        self.paused[listener] = self.clock.now() + PAUSE
+        self.paused.append(listener)
+        listener.deadline = self.clock.now() + PAUSE
 
     def _resume(self, listener: Listener) -> None:
-        del self.paused[listener]
+        self.paused.remove(listener)
         self.selector.register(listener.sock, selectors.EVENT_READ, listener.ready)
 
     # Children.
@@ -2503,7 +2505,7 @@ class Loop:
         able = [request for request in self.requests
                 if request.child is None and len(hosts) < TOKEN_REQUESTS[request.kind]
                 and hosts.count(request.host) < HOST_REQUESTS[request.kind]]
-        self.starting = bool(able) and self.grace_ends is None
+        self.starting = bool(able) and self.grace_ends == FOR_EVER
         if not self.starting:
             return  # at the end it would be killed with us, and may hold a rotated token by then
         request = min(able, key=lambda one: (one.kind, hosts.count(one.host)))
@@ -2542,7 +2544,7 @@ class Loop:
             command.child = self.fork(
                 work, command.limit, command.then, group=command.group, spared=command.spared)
         except OSError:
-            command.due = self.clock.now() + FORK_RETRY  # the dump that it makes may matter
+            command.deadline = self.clock.now() + FORK_RETRY  # the dump that it makes may matter
         else:
             self.commands.remove(command)
 

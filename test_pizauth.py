@@ -178,7 +178,7 @@ class World:
     def wait(self, seconds):
         """Let time pass as the loop does: from deadline to deadline."""
         end = self.clock.moment + seconds
-        while (due := self.auth.deadline()) is not None and due <= end:
+        while (due := self.auth.deadline()) <= end:
             self.clock.moment = max(due, self.clock.moment)
             self.auth.run_due()
         self.clock.moment = end
@@ -1546,7 +1546,7 @@ class TokensTest(unittest.TestCase):
         self.assertNotEqual(world.auth.deadline(), first + 30)
 
     def test_nothing_scheduled_is_no_deadline(self):
-        self.assertIsNone(self.world.auth.deadline())
+        self.assertEqual(self.world.auth.deadline(), pizauth.FOR_EVER)
 
     def test_the_deadline_is_the_earliest_of_all_accounts(self):
         self.world.authorise("x", expires_in=3600)
@@ -2585,7 +2585,7 @@ class History:
         """Some attempts to refresh fail, one after the other."""
         for _ in range(b % 8):
             token, due = self.model.accounts[name], self.world.auth.deadline()
-            if isinstance(token, dict) and token["refresh"] and due is not None:
+            if isinstance(token, dict) and token["refresh"] and due < pizauth.FOR_EVER:
                 self.world.clock.moment = max(due, self.now())
                 self.settle()
                 post, self.live[name] = self.live[name], None
@@ -2598,7 +2598,7 @@ class History:
         seconds = (0.3, 1, 7, 40, 600, 3000, 90_000)[b % 7]
         if b // 7 % 3:
             end = self.now() + seconds
-            while (due := self.world.auth.deadline()) is not None and due <= end:
+            while (due := self.world.auth.deadline()) <= end:
                 self.world.clock.moment = max(due, self.now())
                 self.settle()
             self.world.clock.moment = end
@@ -2692,9 +2692,9 @@ class History:
         world, model, now = self.world, self.model, self.now()
         world.auth.run_due()
         deadline = world.auth.deadline()
-        assert deadline is None or deadline > now, "something is due, and nothing was done"
+        assert deadline > now, "something is due, and nothing was done"
         moments = [moment for moment, *_ in world.auth._appointments()]
-        assert deadline == min(moments, default=None), "the deadline lies"
+        assert deadline == min(moments, default=pizauth.FOR_EVER), "the deadline lies"
         lines = dict(line.split(": ", 1) for line in world.status()[3:].split("\n"))
         for name, token in model.accounts.items():
             text = ("No access token" if token is None else
@@ -2993,7 +2993,7 @@ class Idle:
         self.stop, self.stopping, self.end = stop, False, time.monotonic() + 10
 
     def deadline(self):
-        return None
+        return pizauth.FOR_EVER
 
     def run_due(self):
         pass
@@ -3034,7 +3034,7 @@ class LoopTest(unittest.TestCase):
 
     def pump(self):
         """Let the loop do all it can without waiting."""
-        self.loop.expire()
+        self.loop.run_due(Idle(None))
         while events := self.loop.selector.select(0):
             for key, mask in events:
                 key.data(mask)
@@ -3201,10 +3201,11 @@ class LoopTest(unittest.TestCase):
     def listener(self):
         """A listener whose connections are answered, and its address."""
         listening = socket.create_server(("127.0.0.1", 0))
-        self.peers.append(listening)
+        address = listening.getsockname()
         listener = pizauth.Listener(self.loop, listening, "browser", pizauth.until_eof,
                                     lambda _, answer: answer(b"hello"))
-        return listener, listening.getsockname()
+        self.addCleanup(listener.sock.close)
+        return listener, address
 
     def test_out_of_descriptors_accepting_pauses_and_goes_on(self):
         listener, address = self.listener()
@@ -3220,7 +3221,7 @@ class LoopTest(unittest.TestCase):
         finally:
             for descriptor in hoard:
                 os.close(descriptor)
-        self.assertEqual((list(self.loop.paused), self.loop.patience(Idle(None))), ([listener], 1))
+        self.assertEqual((self.loop.paused, self.loop.patience(Idle(None))), ([listener], 1))
         self.assertEqual(self.loop.selector.select(0), [])
         self.clock.advance(1)
         self.pump()
@@ -3232,13 +3233,25 @@ class LoopTest(unittest.TestCase):
         self.loop.pause(listener)
         peer.close()
         self.pump()
-        self.assertEqual(self.loop.paused, {})
+        self.assertEqual(self.loop.paused, [])
 
     def test_many_connections_at_once_are_not_all_accepted_before_others_have_their_turn(self):
         listener, address = self.listener()
         self.peers += [socket.create_connection(address) for _ in range(40)]
         listener.ready(0)
         self.assertEqual(self.open("browser"), 32)
+
+    def test_when_no_connection_is_open_it_does_not_ask_for_more_than_one(self):
+        listener, address = self.listener()
+        for _ in range(2):
+            self.peers.append(socket.create_connection(address))
+            self.peers[-1].shutdown(socket.SHUT_WR)
+        first, second = self.peers[-2:]
+        listener.ready(0)
+        self.assertEqual(first.recv(9), b"hello")
+        self.assertRaises(BlockingIOError, second.recv, 9, socket.MSG_DONTWAIT)
+        self.pump()
+        self.assertEqual(second.recv(9), b"hello")
 
     def test_while_something_is_scheduled_the_loop_never_sleeps_longer_than_37_s(self):
         idle = Idle(None)
@@ -3252,7 +3265,7 @@ class LoopTest(unittest.TestCase):
         child = self.loop.fork(lambda: b"tokens", 30, lambda *outcome: ended.append(outcome))
         self.assertTrue(until(lambda: not alive(child.pid)))
         self.clock.advance(40)  # suspended meanwhile
-        self.loop.expire()
+        self.loop.run_due(Idle(None))
         self.assertEqual(ended, [(0, b"tokens")])
 
     def test_a_child_ends_by_itself_when_its_server_was_killed(self):
@@ -3370,10 +3383,10 @@ class LoopTest(unittest.TestCase):
         child = self.loop.fork(lambda: time.sleep(60), 30, lambda *outcome: ended.append(outcome))
         for slept in (3600, 7200):
             self.clock.advance(slept)
-            self.loop.expire()
+            self.loop.run_due(Idle(None))
             self.assertEqual((ended, self.loop.patience(Idle(None))), ([], 5))
         self.clock.advance(5)
-        self.loop.expire()
+        self.loop.run_due(Idle(None))
         self.assertEqual(ended, [(None, b"")])
         self.assertTrue(until(lambda: not alive(child.pid)))
         child.reap()
@@ -3385,7 +3398,7 @@ class LoopTest(unittest.TestCase):
         self.loop.run_command(f"sleep 60 & echo $! > {path}; wait", {}, 0.5, True,
                               lambda *outcome: ended.append(outcome))
         with unittest.mock.patch.object(pizauth, "AFTER_SLEEP", 2):
-            self.loop.expire()
+            self.loop.run_due(Idle(None))
             until(lambda: os.path.exists(path) and os.path.getsize(path))
             (child,) = self.loop.children.values()
             child.deadline -= 100  # as if the machine had slept
@@ -3431,7 +3444,7 @@ class LoopTest(unittest.TestCase):
         """Let all start that may."""
         while self.loop.starting:
             self.assertEqual(self.loop.patience(Idle(None)), 0)
-            self.loop.expire()
+            self.loop.run_due(Idle(None))
 
     def hold_forks(self):
         """Record what would be forked."""
@@ -3450,7 +3463,7 @@ class LoopTest(unittest.TestCase):
         started = self.hold_forks()
         for number in range(20):
             self.post(f"h{number}")
-        self.loop.expire()
+        self.loop.run_due(Idle(None))
         self.assertEqual(len(started), 1)  # a pass
         self.start_all()
         self.assertEqual(len(started), 12)
@@ -3589,13 +3602,13 @@ class LoopTest(unittest.TestCase):
             self.loop.run_command("x", {}, 5, True, print)
         self.assertEqual(self.loop.patience(Idle(None)), 0)
         for total in (4, 8, 10):
-            self.loop.expire()
+            self.loop.run_due(Idle(None))
             self.assertEqual(started.call_count, total)
 
     def test_a_command_that_is_cancelled_before_it_started_never_starts(self):
         self.loop.fork = unittest.mock.Mock()
         self.loop.run_command("x", {}, 5, True, print)()
-        self.loop.expire()
+        self.loop.run_due(Idle(None))
         self.assertEqual(self.loop.fork.call_count, 0)
 
     def test_a_bug_in_what_hears_of_a_child_does_not_end_the_loop(self):
@@ -3612,12 +3625,12 @@ class LoopTest(unittest.TestCase):
         with tempfile.TemporaryDirectory(prefix="piz") as directory:
             os.chmod(directory, 0o755)
             listening = socket.socket(socket.AF_UNIX)
-            self.peers.append(listening)
             listening.bind(f"{directory}/s")
             os.chmod(f"{directory}/s", 0o777)
             listening.listen()
-            pizauth.Listener(self.loop, listening, "control", pizauth.until_eof,
-                             lambda _, answer: answer(b"hello"))
+            listener = pizauth.Listener(self.loop, listening, "control", pizauth.until_eof,
+                                        lambda _, answer: answer(b"hello"))
+            self.addCleanup(listener.sock.close)
             script = (
                 "import os, socket, sys\nif len(sys.argv) > 2: os.setuid(int(sys.argv[2]))\n"
                 "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.shutdown(1)\n"
