@@ -3360,4 +3360,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    # Nothing is buffered, and what the interpreter would tidy up now costs `show` 2 ms.
+    os._exit(main(sys.argv[1:]))
