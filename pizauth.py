@@ -1992,17 +1992,18 @@ class Exchange:
     `respond(request, answer)` gets it.
     """
 
+    state = "reading"
+    watched = 0  # the events that the selector watches for
+    outgoing: bytes | memoryview = b""
+    eof = False
+
     def __init__(self, loop: Loop, sock: _socket.socket, kind: str,
                  frame: Callable[[Received, bool], Any], respond: Callable[[Any, Answer], None],
                  *, tls: Tls | None = None) -> None:
         self.loop, self.sock, self.kind, self.tls = loop, sock, kind, tls
         self.frame, self.respond = frame, respond
-        self.state = "reading"
         self.deadline = loop.clock.now() + CONNECTION_TIMEOUT
-        self.watched = 0  # the events that the selector watches for
         self.buffer = Received()
-        self.outgoing: bytes | memoryview = b""
-        self.eof = False
         loop.exchanges[kind][self] = None
 
     def ready(self, _events: int = 0) -> None:
@@ -2046,9 +2047,10 @@ class Exchange:
 
     def _read(self) -> None:
         """Take in what is there, but not for ever; what comes after the request is discarded."""
+        reads, chunk = (READS, READ_CHUNK) if self.tls is None else (1, TLS_CHUNK)
         try:
-            for _ in range(READS if self.tls is None else 1):
-                data = self.sock.recv(READ_CHUNK if self.tls is None else TLS_CHUNK)
+            for _ in range(reads):
+                data = self.sock.recv(chunk)
                 self.eof = not data
                 if self.eof:
                     break
@@ -2136,6 +2138,7 @@ class Listener:
     def ready(self, _events: int) -> None:
         """Accept what has come, but not for ever."""
         for _ in range(ACCEPTS):
+            alone = not any(self.loop.exchanges.values())
             try:
                 descriptor, _address = self.sock._accept()  # type: ignore[attr-defined]
                 sock = _socket.socket(self.sock.family, self.sock.type, 0, descriptor)
@@ -2154,7 +2157,7 @@ class Listener:
                 Exchange(self.loop, sock, self.kind, self.frame, self.respond, tls=tls).ready()
             else:
                 sock.close()
-            if not any(self.loop.exchanges.values()):
+            if alone:
                 return  # nobody is kept waiting by one more pass, and to hear that no other
                 # connection has come would cost 6 % of the requests a second
 

@@ -3243,8 +3243,9 @@ class LoopTest(unittest.TestCase):
     def test_many_connections_at_once_are_not_all_accepted_before_others_have_their_turn(self):
         listener, address = self.listener()
         self.peers += [socket.create_connection(address) for _ in range(40)]
-        listener.ready(0)
-        self.assertEqual(self.open("browser"), 32)
+        for connected in (1, 1 + 32):  # when nobody else is connected, it takes one
+            listener.ready(0)
+            self.assertEqual(self.open("browser"), connected)
 
     def test_when_no_connection_is_open_it_does_not_ask_for_more_than_one(self):
         listener, address = self.listener()
