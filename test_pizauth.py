@@ -36,6 +36,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -4130,6 +4131,10 @@ class ManualTest(unittest.TestCase):
         self.assertIn("python3 test_pizauth.py demo\n", text)
         self.assertIn("python3 test_pizauth.py\n", text)
 
+    def test_the_readmes_launcher_is_the_one_that_is_measured(self):
+        self.assertIn(textwrap.indent("#!/usr/bin/python3\n" + LAUNCHER, "    "),
+                      self.read("README"))
+
 
 # ---- The whole, as its users run it ----
 
@@ -4154,6 +4159,13 @@ class CommandLineTest(unittest.TestCase):
     def fails(self, done, message):
         self.assertEqual(
             (done.returncode, done.stdout, done.stderr), (1, "", f"ERROR - {message}\n"))
+
+    def test_by_the_launcher_it_is_the_same_program(self):
+        url, more = self.daemon.url("x"), {"PYTHONPATH": HERE, "PYTHONDONTWRITEBYTECODE": "1"}
+        self.fails(subprocess.run(
+            [sys.executable, "-c", LAUNCHER, "show", "x"], capture_output=True, text=True,
+            env={**self.daemon.environment, **more}),
+            f"Access token unavailable until authorised with URL {url}")
 
     def test_show_prints_an_error_with_the_url_and_nothing_on_stdout(self):
         url = self.daemon.url("x")
