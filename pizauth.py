@@ -847,7 +847,7 @@ def good_answer(answer: dict[str, Any]) -> TokenResponse | None:
 
 def sensible_life(expires_in: object) -> float | None:
     """A token's life in seconds, given as number or text; None for what makes no sense."""
-    if isinstance(expires_in, bool) or not isinstance(expires_in, (str, float)):
+    if not isinstance(expires_in, (str, float)):  # JSON's numbers are floats here
         return None
     try:
         seconds = float(expires_in)
