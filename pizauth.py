@@ -947,7 +947,7 @@ def redirect_matches(redirect_uri: str, scheme: str, head: Head) -> bool:
     """Does a request arrive at this redirect URI? It may carry more query pairs, but none less."""
     expected = urllib.parse.urlsplit(redirect_uri)
     path, _, query = head.target.partition("?")
-    host = re.sub(f":{80 if scheme == 'http' else 443}$", "", head.host.lower())
+    host = head.host.lower().removesuffix(":80" if scheme == "http" else ":443")
     given = urllib.parse.parse_qsl(query, keep_blank_values=True)
     wanted = urllib.parse.parse_qsl(expected.query, keep_blank_values=True)
     return (
