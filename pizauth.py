@@ -898,16 +898,16 @@ def http_head(buffer: Received, eof: bool) -> Head | None:
     line = bytes(buffer[: line_end if line_end >= 0 else 32])
     if line_end < 0 or line_end >= buffer.searched:
         check_request_line(line, line_end >= 0)
-    start = max(0, buffer.searched - 2)
-    ends = [end for end in (buffer.find(b"\n\r\n", start), buffer.find(b"\n\n", start)) if end >= 0]
+    blank_line = re.compile(rb"\n\r?\n").search(buffer, max(0, buffer.searched - 2))
     buffer.searched = len(buffer)
-    if min(ends, default=len(buffer)) > HEAD_LIMIT:
+    end = len(buffer) if blank_line is None else blank_line.start()
+    if end > HEAD_LIMIT:
         raise BadRequest(431, f"The request is longer than {HEAD_LIMIT >> 10} KiB.")
-    if not ends and eof and buffer:
-        raise BadRequest(400, "The request ended too soon.")
-    if not ends:
+    if blank_line is None:
+        if eof and buffer:
+            raise BadRequest(400, "The request ended too soon.")
         return None
-    return Head(line.split(b" ")[1].decode(), host_header(bytes(buffer[line_end + 1 : min(ends)])))
+    return Head(line.split(b" ")[1].decode(), host_header(bytes(buffer[line_end + 1 : end])))
 
 
 def check_request_line(line: bytes, whole: bool) -> None:
