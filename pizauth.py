@@ -1062,7 +1062,7 @@ class Active(Record):
 # no dump are a RequestError, before anything is allocated that they do not warrant.
 
 DUMP_VERSION = 1
-DUMP_KEY = "66a247a85e48cfecaaed9b36eba97d5350d4286375097a44eeffb9c4546b65a3"
+DUMP_KEY = bytes.fromhex("66a247a85e48cfecaaed9b36eba97d5350d4286375097a44eeffb9c4546b65a3")
 # No secret: sealed, a dump's tokens are not found by grep and strings, and that is all.
 
 
@@ -1222,29 +1222,28 @@ def poly1305(key: bytes, data: bytes) -> bytes:
     return (tag + s & (1 << 128) - 1).to_bytes(16, "little")
 
 
-def aead_tag(key: bytes, nonce: bytes, ciphertext: bytes) -> bytes:
+def aead_tag(nonce: bytes, ciphertext: bytes) -> bytes:
     """The tag that seals a ciphertext without associated data (RFC 8439 2.8)."""
     message = ciphertext + bytes(-len(ciphertext) % 16) + bytes(8) + dump_number(len(ciphertext))
-    return poly1305(chacha20(key, 0, nonce, bytes(32)), message)
+    return poly1305(chacha20(DUMP_KEY, 0, nonce, bytes(32)), message)
 
 
 def seal(nonce: bytes, plaintext: bytes) -> bytes:
     """A dump of these bytes; the nonce is 12 bytes, random."""
-    key = bytes.fromhex(DUMP_KEY)
-    ciphertext = chacha20(key, 1, nonce, plaintext)
-    return nonce + ciphertext + aead_tag(key, nonce, ciphertext)
+    ciphertext = chacha20(DUMP_KEY, 1, nonce, plaintext)
+    return nonce + ciphertext + aead_tag(nonce, ciphertext)
 
 
 def check_seal(dump: bytes) -> None:
     """Raise RequestError if these bytes were not sealed so. (The key is no secret: plain `!=`.)"""
-    if len(dump) < 28 or aead_tag(bytes.fromhex(DUMP_KEY), dump[:12], dump[12:-16]) != dump[-16:]:
+    if len(dump) < 28 or aead_tag(dump[:12], dump[12:-16]) != dump[-16:]:
         raise RequestError("This is no dump of pizauth's, or it was changed or cut short")
 
 
 def unseal(dump: bytes) -> bytes:
     """What was sealed. Raises RequestError if these bytes were not sealed so."""
     check_seal(dump)
-    return chacha20(bytes.fromhex(DUMP_KEY), 1, dump[:12], dump[12:-16])
+    return chacha20(DUMP_KEY, 1, dump[:12], dump[12:-16])
 
 
 # ---- Authenticator ----
