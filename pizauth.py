@@ -1178,9 +1178,8 @@ def read_dump(plaintext: bytes) -> Iterator[tuple[str, dict[str, Any], Dumped | 
 
 def chacha20(key: bytes, counter: int, nonce: bytes, data: bytes) -> bytes:
     """Data xor the key stream (RFC 8439 2.4), 64 KiB at a time, which bounds the memory."""
-    slices = range(0, len(data), CHUNK)
     return b"".join(chacha20_slice(key, counter + at // 64, nonce, data[at : at + CHUNK])
-                    for at in slices)
+                    for at in range(0, len(data), CHUNK))
 
 
 def chacha20_slice(key: bytes, counter: int, nonce: bytes, data: bytes) -> bytes:
