@@ -697,8 +697,8 @@ def sha256(data: bytes) -> bytes:
 
 def base64url(data: bytes) -> str:
     """The data in base64url without padding (RFC 7636 A)."""
-    text = binascii.b2a_base64(data, newline=False).rstrip(b"=")
-    return text.translate(bytes.maketrans(b"+/", b"-_")).decode()
+    text = binascii.b2a_base64(data, newline=False).decode()
+    return text.rstrip("=").replace("+", "-").replace("/", "_")
 
 
 def code_challenge(code_verifier: str) -> str:
