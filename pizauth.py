@@ -742,24 +742,25 @@ def authorization_response(query: str) -> AuthorizationResponse:
 def access_token_request(account: Account, code: str, code_verifier: str,
                          redirect_uri: str) -> Fields:
     """The form that exchanges a code for tokens (RFC 6749 4.1.3, RFC 7636 4.5)."""
-    form = {
+    return with_client_secret(account, {
         "code": code,
         "client_id": account.client_id,
         "code_verifier": code_verifier,
         "redirect_uri": redirect_uri,
         "grant_type": "authorization_code",
-    }
-    return with_client_secret(form, account)
+    })
 
 
 def refresh_request(account: Account, refresh_token: str) -> Fields:
     """The form that asks for a new access token (RFC 6749 6)."""
-    form = {"client_id": account.client_id, "refresh_token": refresh_token,
-            "grant_type": "refresh_token"}
-    return with_client_secret(form, account)
+    return with_client_secret(account, {
+        "client_id": account.client_id,
+        "refresh_token": refresh_token,
+        "grant_type": "refresh_token",
+    })
 
 
-def with_client_secret(form: Fields, account: Account) -> Fields:
+def with_client_secret(account: Account, form: Fields) -> Fields:
     """The form with the client's secret, if one is set, even if it is empty (RFC 6749 2.3.1)."""
     secret = account.client_secret
     return form if secret is None else {**form, "client_secret": secret}
