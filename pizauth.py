@@ -482,16 +482,17 @@ class Parser:
         while self.lexeme.kind != "end":
             if self.lexeme.text == "account":
                 place, account = self.account()
-                if account["name"] in accounts:
-                    raise self.error(place, f"There is an account '{account['name']}' already:"
+                name = unquoted(place)
+                if name in accounts:
+                    raise self.error(place, f"There is an account '{name}' already:"
                                             " choose another name")
-                accounts[account["name"]], places[account["name"]] = account, place
+                accounts[name], places[name] = account, place
             else:
                 self.option(self.GLOBAL_OPTIONS, values)
         config = Config(accounts, **values)
         inherited = {option: getattr(config, option) for option in self.ACCOUNT_OPTIONS
                      if hasattr(config, option)}
-        config.accounts = {name: Account(**{**inherited, **account})
+        config.accounts = {name: Account(name, **{**inherited, **account})
                            for name, account in accounts.items()}
         self.check_listeners(config, places)
         return config
@@ -527,7 +528,7 @@ class Parser:
         if "login_hint" in values and "login_hint" in dict(values.get("auth_uri_fields", ())):
             raise self.error(place, "Both login_hint and auth_uri_fields have a 'login_hint':"
                                     " keep the one in auth_uri_fields")
-        return place, {"name": unquoted(place), **values}
+        return place, values
 
     def option(self, readers: Mapping[str, Callable[[Parser], object]],
                values: dict[str, Any]) -> None:
