@@ -507,10 +507,9 @@ class Parser:
         for name, account in config.accounts.items():
             scheme = split_uri(account.redirect_uri).scheme
             if not getattr(config, f"{scheme}_listen"):
-                message = (f"Account {name} has an '{scheme}' redirect but the {scheme.upper()}"
-                           " server is set to 'none'")
-                raise self.error(places[name],
-                                 f"{message}: change its redirect_uri or {scheme}_listen")
+                raise self.error(places[name], f"Account {name} has an '{scheme}' redirect but the"
+                                               f" {scheme.upper()} server is set to 'none':"
+                                               f" change its redirect_uri or {scheme}_listen")
 
     def account(self) -> tuple[Lexeme, dict[str, Any]]:
         """account := "account" STRING "{" { option } "}" """
