@@ -379,16 +379,16 @@ def lexemes(text: str) -> Iterator[Lexeme]:
 
 def lexical_error(text: str, at: int) -> ConfigError:
     """What is wrong where no token starts: half a string, or a character that has no place here."""
-    if text[at] != '"':
+    half = re.compile(r'"[^"\\]*(?:\\["\\][^"\\]*)*').match(text, at)
+    if half is None:
         hint = NOT_OURS.get(text[at])
         character = printable(text[at]) or f"\\x{ord(text[at]):02x}"
         return config_error(text, at, f"Unexpected '{character}'" + (f": {hint}" if hint else ""))
-    half = re.compile(r'"[^"\\]*(?:\\["\\][^"\\]*)*').match(text, at)
-    if half is None or half.end() == len(text):
+    if half.end() == len(text):
         return config_error(text, at, "This string is never closed: a double quote is missing")
-    message = (r"Invalid escape: in a string write \\ for a backslash and \" for a double quote;"
-               " there are no others")
-    return config_error(text, half.end(), message)
+    return config_error(text, half.end(),
+                        r"Invalid escape: in a string write \\ for a backslash and \" for a double"
+                        " quote; there are no others")
 
 
 def split_uri(uri: str) -> urllib.parse.SplitResult:
