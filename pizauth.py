@@ -393,12 +393,12 @@ def lexical_error(text: str, at: int) -> ConfigError:
 
 def split_uri(uri: str) -> urllib.parse.SplitResult:
     """The parts of an HTTP or HTTPS URI. Raises ValueError with a sentence if it is none."""
-    scheme, colon, _ = uri.partition(":")
-    if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", uri)
+    if scheme is None:
         raise ValueError("Invalid URI: it must start with https:// or http://")
-    if scheme.lower() not in ("http", "https"):
+    if scheme[0].lower() not in ("http:", "https:"):
         raise ValueError("This is not a valid HTTP or HTTPS URI:"
-                         f" it starts with {scheme}: instead of https:")
+                         f" it starts with {scheme[0]} instead of https:")
     if re.search(r"[\x00-\x1f\x7f]|^ | $", uri):
         raise ValueError("Invalid URI: there are blanks around it, or control characters in it")
     if "#" in uri:
