@@ -431,9 +431,8 @@ def normal_uri(uri: str, port: int | None = None) -> str:
     port = parts.port if port is None else port
     default = {"http": 80, "https": 443}[parts.scheme]
     place = host if port in (None, default) else f"{host}:{port}"
-    path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~|[]^")
-    query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~|[]^?")
-    return f"{parts.scheme}://{place}{path}" + (f"?{query}" if query else "")
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return f"{parts.scheme}://{place}" + urllib.parse.quote(target, safe="/%:@!$&'()*+,;=~|[]^?")
 
 
 class Parser:
