@@ -206,7 +206,7 @@ class Record:
 
     def __init__(self, *values: Any, **named: Any) -> None:
         names = list(type(self).__annotations__)
-        fields = {**dict(zip(names, values)), **named}
+        fields = dict(zip(names, values), **named)
         missing = [name for name in names if name not in fields and not hasattr(type(self), name)]
         if missing or len(values) > len(names) or not fields.keys() <= set(names):
             raise TypeError(f"{type(self).__name__}: fields are {names}, missing {missing}")
