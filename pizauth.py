@@ -276,7 +276,7 @@ class Lexeme:
 
     def __str__(self) -> str:
         shown = self.text if len(self.text) <= 40 else self.text[:40] + "..."
-        return {"start": "nothing", "string": "a string"}.get(self.kind, f"'{printable(shown)}'")
+        return {"start": "nothing", "string": "a string"}.get(self.kind, f"'{shown}'")
 
 
 MANDATORY = ("auth_uri", "client_id", "token_uri")
@@ -409,7 +409,7 @@ def split_uri(uri: str) -> urllib.parse.SplitResult:
         host, _ = (parts.hostname or "")[:300], parts.port
         host.encode("ascii" if host.isascii() else "idna")
     except ValueError as error:
-        raise ValueError(f"Invalid URI: {printable(str(error))}") from None
+        raise ValueError(f"Invalid URI: {error}") from None
     if "@" in parts.netloc:
         raise ValueError("Invalid URI: a user name or password in it is not supported")
     if len(host) > 253:
