@@ -306,8 +306,9 @@ def decode_config(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"line {line}: byte {data[error.start]:#04x} is not UTF-8:"
+        text = error.object  # the data less its mark, from where error.start counts
+        line = text.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"line {line}: byte {text[error.start]:#04x} is not UTF-8:"
                           " save the file as UTF-8") from None
 
 

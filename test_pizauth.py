@@ -715,10 +715,11 @@ class ConfigTest(unittest.TestCase):
 
     def test_file_must_be_utf8_and_may_start_with_a_byte_order_mark(self):
         self.assertEqual(pizauth.decode_config(b"\xef\xbb\xbfa"), "a")
-        with self.assertRaises(pizauth.ConfigError) as caught:
-            pizauth.decode_config(b"ok\n\nab\xff")
-        self.assertEqual(
-            str(caught.exception), "line 3: byte 0xff is not UTF-8: save the file as UTF-8")
+        for mark in (b"", b"\xef\xbb\xbf"):
+            with self.assertRaises(pizauth.ConfigError) as caught:
+                pizauth.decode_config(mark + b"ok\n\n\xff")
+            self.assertEqual(
+                str(caught.exception), "line 3: byte 0xff is not UTF-8: save the file as UTF-8")
 
     def test_every_truncation_and_mutation_gives_a_config_or_a_config_error(self):
         text = account(
