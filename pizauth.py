@@ -2698,8 +2698,8 @@ def config_path(given: str | None) -> str:
     """Where the configuration is, given or by the XDG rules."""
     if given is not None:
         return given
-    xdg = os.environ.get("XDG_CONFIG_HOME")
-    return os.path.join(xdg or os.path.join(os.path.expanduser("~"), ".config"), "pizauth.conf")
+    directory = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return os.path.join(directory, "pizauth.conf")
 
 
 def load_config(path: str, reloading: bool = False) -> Config:
