@@ -3349,14 +3349,13 @@ def main(arguments: list[str]) -> int:
     try:
         if len(arguments) == 2 and arguments[0] == "show" and not arguments[1].startswith("-"):
             print_token(b"withurl " + os.fsencode(arguments[1]))
-            return 0
-        if arguments in (["server"], ["server", "-d"]):
+        elif arguments in (["server"], ["server", "-d"]):
             server(None, 0, len(arguments) == 2)
-            return 0
-        options, unknown = command_line().parse_known_args(arguments)
-        if unknown:
-            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        options.function(options)
+        else:
+            options, unknown = command_line().parse_known_args(arguments)
+            if unknown:
+                options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            options.function(options)
         return 0
     except PizauthError as error:
         complain(f"ERROR - {error}")
