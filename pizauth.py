@@ -2839,7 +2839,7 @@ NEEDS = ("needs the Python package cryptography: install it, for instance as pyt
 class Server:
     """The daemon: the loop, the authenticator and the sockets between them."""
 
-    def __init__(self, path: str, verbosity: int, minting: tuple[int, int]) -> None:
+    def __init__(self, path: str, verbosity: int, minting_pipe: int) -> None:
         self.path, self.log, self.clock = path, Log(verbosity), Clock()
         self.descriptors = limit_resources()
         self.directory = make_runtime_directory()
@@ -2850,7 +2850,7 @@ class Server:
         self.about_https: Fields = {}
         self.https_missing = False  # is `cryptography` not there?
         if self.config.https_listen:
-            self.set_up_https(self.config, minting)
+            self.set_up_https(self.config, minting_pipe)
         self.redirects: dict[str, list[Listener]] = {"http": [], "https": []}
         self.bound = self.bind_redirects(self.config, None)
         # From here on a signal must not end us without run(), which takes it up again.
@@ -2870,9 +2870,10 @@ class Server:
 
     # The redirect listeners.
 
-    def set_up_https(self, config: Config, minting: tuple[int, int]) -> None:
+    def set_up_https(self, config: Config, minting_pipe: int) -> None:
         """Have TLS with the minted certificate; without `cryptography` only if nobody needs it."""
-        about = minted(minting)
+        with open(minting_pipe, "rb", closefd=False) as file:
+            about: Fields = json.loads(file.read() or b"{}")  # nothing: that child has failed
         if about:
             self.context = tls_context(about.pop("pem"), self.directory)
             self.about_https = about
@@ -3041,14 +3042,6 @@ class Server:
         os.close(self.lock)
         self.authenticator.farewell()
         self.loop.end()
-
-
-def minted(minting: tuple[int, int]) -> Fields:
-    """What mint_certificate() has made in its child; empty if it could not."""
-    pid, pipe = minting
-    with open(pipe, "rb", closefd=False) as file:
-        about: Fields = json.loads(file.read() or b"{}")
-    return about
 
 
 def tls_context(pem: str, directory: str) -> ssl.SSLContext:
@@ -3251,15 +3244,14 @@ def server(config: str | None, verbosity: int, foreground: bool) -> None:
     spared = min(max(2, int(given[:9])), DESCRIPTORS) if given.isdecimal() else 2
     os.closerange(3, spared)  # what our starter left open is not ours to hold
     os.closerange(spared + 1, DESCRIPTORS)
-    minting = start_minting()
+    pid, minting_pipe = start_minting()
     try:
         server_imports()
-        daemon = Server(path, min(verbosity, TRACE), minting)
+        daemon = Server(path, min(verbosity, TRACE), minting_pipe)
     except OSError as error:
         raise PizauthError(f"Cannot start the server: {error}") from None
     finally:
-        pid, pipe = minting
-        os.close(pipe)
+        os.close(minting_pipe)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     if foreground:
