@@ -2262,9 +2262,8 @@ class Child:
 class TokenRequest(Record):
     """A token request that waits for its turn or runs."""
 
-    uri: str
+    work: Callable[[], bytes]
     host: str
-    form: Fields
     kind: str  # "code", which is urgent, or "refresh"
     then: Callable[[bytes], None]
     child: Child | None = None
@@ -2273,12 +2272,7 @@ class TokenRequest(Record):
 class Command(Record):
     """A shell command that waits to be started, at the deadline again, or runs."""
 
-    command: str
-    variables: Fields
-    limit: float
-    group: bool
-    then: Ended
-    spared: bool = False
+    start: Callable[[], Child]
     deadline: float = 0
     child: Child | None = None
 
@@ -2488,7 +2482,7 @@ class Loop:
              then: Callable[[bytes], None]) -> Cancel:
         """Start a token request in a child once there is a slot; code exchanges are urgent."""
         host, kind = urllib.parse.urlsplit(uri).netloc, "code" if urgent else "refresh"
-        request = TokenRequest(uri, host, form, kind, then)
+        request = TokenRequest(partial(post_form, uri, form), host, kind, then)
         self.requests.append(request)
         self.starting = True
         return partial(self._cancel, self.requests, request)
@@ -2516,9 +2510,8 @@ class Loop:
             return  # at the end it would be killed with us, and may hold a rotated token by then
         request = min(able, key=lambda one: (one.kind, hosts.count(one.host)))
         posted = partial(self._posted, request)
-        work = partial(post_form, request.uri, request.form)
         try:
-            request.child = self.fork(work, TOKEN_REQUEST_LIMIT, posted, nice=NICE)
+            request.child = self.fork(request.work, TOKEN_REQUEST_LIMIT, posted, nice=NICE)
         except OSError as error:
             self.requests.remove(request)
             reason = f"cannot start another process: {error.strerror}"
@@ -2540,15 +2533,14 @@ class Loop:
                     then: Ended, *, spared: bool = False) -> Cancel:
         """Run a shell command in a child; at its limit its process group is killed, or it alone,
         or, if it is spared, nobody."""
-        waiting = Command(command, variables, limit, group, then, spared)
+        work = partial(run_command, command, variables, self.descriptors)
+        waiting = Command(lambda: self.fork(work, limit, then, group=group, spared=spared))
         self.commands.append(waiting)
         return partial(self._cancel, self.commands, waiting)
 
     def _start_command(self, command: Command) -> None:
-        work = partial(run_command, command.command, command.variables, self.descriptors)
         try:
-            command.child = self.fork(
-                work, command.limit, command.then, group=command.group, spared=command.spared)
+            command.child = command.start()
         except OSError:
             command.deadline = self.clock.now() + FORK_RETRY  # the dump that it makes may matter
         else:
