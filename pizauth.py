@@ -2187,13 +2187,12 @@ def is_our_user(sock: _socket.socket) -> bool:
 class Child:
     """A forked child: what it has written so far, and who waits for it; None if nobody does."""
 
-    def __init__(self, loop: Loop, pid: int, pipe: int, limit: float,
-                 then: Ended) -> None:
-        self.loop, self.pid, self.pipe = loop, pid, pipe
+    def __init__(self, loop: Loop, pid: int, pipe: int, limit: float, then: Ended | None,
+                 group: bool, spared: bool) -> None:
+        self.loop, self.pid, self.pipe, self.then = loop, pid, pipe, then
         self.deadline = loop.clock.now() + limit
-        self.group = False  # has it a process group of its own, to be killed with it?
-        self.spared = False  # does it live on when its owner has been told of its limit?
-        self.then: Ended | None = then
+        self.group = group  # has it a process group of its own, to be killed with it?
+        self.spared = spared  # does it live on when its owner has been told of its limit?
         self.output = bytearray()
         loop.children[pid] = self
         loop.selector.register(pipe, selectors.EVENT_READ, self.ready)
@@ -2474,9 +2473,7 @@ class Loop:
         self.fork_failed = False
         os.close(writer)
         os.set_blocking(reader, False)
-        child = Child(self, pid, reader, limit, then)
-        child.group, child.spared = group, spared
-        return child
+        return Child(self, pid, reader, limit, then, group, spared)
 
     def post(self, uri: str, form: Fields, urgent: bool,
              then: Callable[[bytes], None]) -> Cancel:
