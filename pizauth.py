@@ -2426,7 +2426,8 @@ class Loop:
     def closed(self, exchange: Exchange) -> None:
         """An exchange has ended, so that there is room again."""
         del self.exchanges[exchange.kind][exchange]
-        self.large = None if self.large is exchange else self.large
+        if self.large is exchange:
+            self.large = None
         while self.paused:
             self._resume(self.paused[0])
 
