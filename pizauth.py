@@ -3177,9 +3177,8 @@ def info(options: argparse.Namespace) -> None:
     try:
         server_info = json.loads(ask(b"info:"))
     except (PizauthError, ValueError):
-        server_info = None
+        server_info = {}
     cache, config = runtime_directory(), config_path(options.config)
-    name = os.path.basename(sys.argv[0])
     if options.json:
         summary = {
             "cache_directory": cache,
@@ -3187,18 +3186,20 @@ def info(options: argparse.Namespace) -> None:
             "executed_as": sys.argv[0],
             "info_format_version": 2,
             "pizauth_version": VERSION,
-            "server_running": server_info is not None,
-            **({} if server_info is None else {"server_info": server_info}),
+            "server_running": bool(server_info),
+            **({"server_info": server_info} if server_info else {}),
         }
         return put(json.dumps(summary, indent=2) + "\n")
-    lines = [f"{name} version {VERSION}:", f"  cache directory: {cache}",
-             f"  config file: {config}"]
-    lines.append("server not running" if server_info is None else "server running:")
     titles = {"http_port": "HTTP port", "https_port": "HTTPS port",
               "https_pub_key": "HTTPS public key", "https_cert_sha256": "HTTPS certificate SHA-256"}
-    lines += [f"  {titles[key]}: {server_info[key]}" for key in titles
-              if server_info and key in server_info]
-    put("\n".join([*lines, ""]))
+    put("\n".join([
+        f"{os.path.basename(sys.argv[0])} version {VERSION}:",
+        f"  cache directory: {cache}",
+        f"  config file: {config}",
+        "server running:" if server_info else "server not running",
+        *[f"  {titles[key]}: {server_info[key]}" for key in titles if key in server_info],
+        "",
+    ]))
 
 
 def dump(options: argparse.Namespace) -> None:
