@@ -2310,17 +2310,11 @@ class Loop:
         """From now on these signals are the loop's, blocked ones too (a mask survives exec)."""
         for end in (self.bell, self.rung):
             end.setblocking(False)
-        self.selector.register(self.rung, selectors.EVENT_READ, self._drain_bell)
+        self.selector.register(self.rung, selectors.EVENT_READ, lambda _: self.rung.recv(CHUNK))
         signal.set_wakeup_fd(self.bell.fileno(), warn_on_full_buffer=False)
         for number in self.signals:
             signal.signal(number, lambda number, _frame: self.flags.add(number))
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-    def _drain_bell(self, _events: int) -> None:
-        try:
-            self.rung.recv(CHUNK)
-        except BlockingIOError:
-            pass  # drained already
 
     def heed_signals(self, authenticator: Authenticator) -> None:
         """Do what the signals that have come ask for."""
