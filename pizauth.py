@@ -1788,6 +1788,16 @@ def run_child(work: Callable[[], bytes], pipe: int, limit: float, nice: int) -> 
         os._exit(1)
 
 
+def limit_resources(descriptors: int) -> int:
+    """Runs in the server and in its commands: no core file, which may hold tokens, and this soft
+    limit of descriptors, or the hard one if that is less. The soft limit before."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = descriptors if hard == resource.RLIM_INFINITY else min(descriptors, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return before
+
+
 def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
     """Runs in a child, which becomes a shell: returns only if there is none, and then says so."""
     shell = os.environ.get("SHELL") or "/bin/sh"
@@ -1796,9 +1806,7 @@ def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE,
                        signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        soft = descriptors if hard == resource.RLIM_INFINITY else min(descriptors, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        limit_resources(descriptors)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         variables = {name: value.replace("\0", "") for name, value in variables.items()}
         os.execve(shell, [shell, "-c", command], {**os.environ, **variables})
@@ -2824,7 +2832,7 @@ class Server:
 
     def __init__(self, path: str, verbosity: int, minting_pipe: int) -> None:
         self.path, self.log, self.clock = path, Log(verbosity), Clock()
-        self.descriptors = limit_resources()
+        self.descriptors = limit_resources(DESCRIPTORS)
         self.directory = make_runtime_directory()
         self.control_path = os.path.join(self.directory, SOCKET_NAME)
         self.lock = take_lock(self.directory)
@@ -3100,15 +3108,6 @@ def daemonise(server: Server) -> None:
     except Exception:  # a bug of ours: standard error may be /dev/null by now
         server.log(ERROR, "The server ended: " + stack_trace())
         raise
-
-
-def limit_resources() -> int:
-    """No core file may hold tokens; descriptors as our own limits need; their limit before."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return before
 
 
 # ---- Client and command line ----
