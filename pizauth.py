@@ -161,6 +161,13 @@ def stack_trace() -> str:
     return traceback.format_exc()
 
 
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of the data. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
 class PizauthError(Exception):
     """The root: main() prints it after `ERROR - ` and exits 1. What else escapes is a bug."""
 
@@ -1780,9 +1787,7 @@ def run_child(work: Callable[[], bytes], pipe: int, limit: float, nice: int) -> 
             signal.alarm(int(limit) + AFTER_SLEEP + 2)  # should the server not be there to kill us
         os.closerange(3, pipe)  # a killed server's port and lock would live on in us
         os.closerange(pipe + 1, DESCRIPTORS)
-        output = memoryview(work())
-        while output:
-            output = output[os.write(pipe, output) :]
+        write_all(pipe, work())
         os._exit(0)
     finally:
         os._exit(1)
@@ -2592,13 +2597,6 @@ def complain(text: str) -> None:
         write_all(2, text.encode("utf-8", "replace") + b"\n")
     except OSError:
         pass  # nobody listens
-
-
-def write_all(descriptor: int, data: bytes) -> None:
-    """Write all of the data. Raises OSError."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 def put(data: bytes | str) -> None:
