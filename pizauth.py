@@ -2550,10 +2550,6 @@ class Loop:
         else:
             self.commands.remove(command)
 
-    def kill_children(self) -> None:
-        for child in self.children.values():
-            child.kill()
-
     def end(self) -> None:
         """Close every connection."""
         for kind in self.exchanges.values():
@@ -3022,7 +3018,8 @@ class Server:
         """Close sockets, release the lock, and last let go who waits, the `shutdown` client too."""
         signal.pthread_sigmask(signal.SIG_BLOCK, loop_signals())  # one more changes nothing
         self.log(INFO, "Stopping")
-        self.loop.kill_children()
+        for child in self.loop.children.values():
+            child.kill()
         for listener in [self.control, *self.redirects["http"], *self.redirects["https"]]:
             listener.close()
         if self.control_id is not None and file_id(self.control_path) == self.control_id:
