@@ -1987,13 +1987,14 @@ class Tls:
             pass  # that was all
         return bytes(plain)
 
-    def encrypt(self, data: bytes) -> None:
-        """Put these bytes, the last ones, into `outgoing`. Raises OSError before a handshake."""
+    def encrypt(self, data: bytes) -> bytes:
+        """These bytes, the last ones, as they are to be sent. Raises OSError before a handshake."""
         self.connection.write(data)
         try:
             self.connection.unwrap()
         except self.incomplete:
             pass  # our part of the closing is said; theirs is not waited for
+        return self.outgoing.read()
 
 
 class Exchange:
@@ -2041,10 +2042,7 @@ class Exchange:
             return
         self.state, self.deadline = "writing", FOR_EVER
         try:
-            if self.tls is not None:
-                self.tls.encrypt(reply)
-                reply = self.tls.outgoing.read()
-            self.outgoing = reply
+            self.outgoing = reply if self.tls is None else self.tls.encrypt(reply)
             self._write()
         except OSError:
             self.close()  # gone, or refused before there was a handshake to say so in
