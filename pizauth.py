@@ -2856,10 +2856,9 @@ class Server:
     def set_up_https(self, config: Config, minting_pipe: int) -> None:
         """Have TLS with the minted certificate; without `cryptography` only if nobody needs it."""
         with open(minting_pipe, "rb", closefd=False) as file:
-            about: Fields = json.loads(file.read() or b"{}")  # nothing: that child has failed
-        if about:
-            self.context = tls_context(about.pop("pem"), self.directory)
-            self.about_https = about
+            self.about_https = json.loads(file.read() or b"{}")  # nothing: that child has failed
+        if self.about_https:
+            self.context = tls_context(self.about_https.pop("pem"), self.directory)
         else:
             self.do_without_https(config, f"which {NEEDS}")
             self.https_missing = True
