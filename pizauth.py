@@ -3063,8 +3063,8 @@ def notify(state: str) -> None:
 
 def daemonise(server: Server) -> None:
     """Run a server in a child that has let go of the terminal; return once it answers clients."""
-    reader, writer = os.pipe()
     try:
+        reader, writer = os.pipe()
         child = os.fork()
     except OSError as error:
         os.unlink(server.control_path)
@@ -3237,8 +3237,8 @@ def server(config: str | None, verbosity: int, foreground: bool) -> None:
 
 def start_minting() -> tuple[int, int]:
     """A child that mints a certificate while we do our imports, and the pipe that it writes to."""
-    reader, writer = os.pipe()
     try:
+        reader, writer = os.pipe()
         pid = os.fork()
     except OSError as error:
         raise PizauthError(f"Cannot start another process: {error.strerror}") from None
