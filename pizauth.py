@@ -2938,9 +2938,9 @@ class Server:
 
     def listen_to_clients(self, sock: socket.socket) -> None:
         """Serve the control socket, and remember which one is ours."""
-        self.control_id = file_id(self.control_path)
         self.control = Listener(
             self.loop, sock, "control", until_eof, self.authenticator.control)
+        self.control_id = file_id(self.control_path)
         self.control_checked = self.clock.now()
 
     def check_socket(self) -> None:

@@ -4329,6 +4329,20 @@ class CommandLineTest(unittest.TestCase):
             self.assertTrue(os.path.exists(daemon.socket))
             self.assertIn("Another server has taken over", daemon.logged())
 
+    def test_a_socket_that_could_not_be_made_anew_is_tried_again(self):
+        with Daemon(account("x")) as daemon:
+            daemon.stop()
+            script = (
+                "import os, unittest.mock, pizauth; pizauth.server_imports()\n"
+                f"server = pizauth.Server({daemon.config!r}, 0, -1); server.set_up_loop()\n"
+                "os.unlink(server.control_path)\n"
+                "with unittest.mock.patch('selectors.DefaultSelector.register', "
+                "lambda *_: os.stat('/nowhere')): server.check_socket()\n"
+                "server.check_socket(); print(pizauth.is_served(server.control_path))")
+            done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True,
+                                  text=True, env=daemon.environment)
+            self.assertEqual(done.stdout, "True\n", done.stderr)
+
     def test_a_server_started_with_closed_streams_keeps_its_lock(self):
         daemon = Daemon(account("x"))
         self.addCleanup(daemon.__exit__)
