@@ -1562,20 +1562,20 @@ class Authenticator:
                 page(200, "No pending token matches request state: request a fresh token"))
         if not redirect_matches(pending.redirect_uri, scheme, head):
             raise BadRequest(404, "This is not the address that the account redirects to.")
-        if pending.form is None and response.error is not None:
-            words = filter(None, (response.error, response.error_description))
-            reason = printable(": ".join(words))[:500] or "no reason given"
-            self._not_authorized(name, reason)
-            raise BadRequest(400, f"Authentication for {name} failed: {reason}")
-        if pending.form is None and not response.code:
-            raise BadRequest(400, "The address has no 'code': request a fresh token.")
+        if pending.form is None:  # else this is told the outcome of the code that came first
+            if response.error is not None:
+                words = filter(None, (response.error, response.error_description))
+                reason = printable(": ".join(words))[:500] or "no reason given"
+                self._not_authorized(name, reason)
+                raise BadRequest(400, f"Authentication for {name} failed: {reason}")
+            if not response.code:
+                raise BadRequest(400, "The address has no 'code': request a fresh token.")
+            pending.form = access_token_request(
+                self.config.accounts[name], response.code, pending.code_verifier,
+                pending.redirect_uri)
+            self._exchange(name, pending)
         pending.browsers += ((self._clock.now() + BROWSER_PATIENCE, answer),)
         self._rescheduled()
-        if pending.form is None:
-            account, code = self.config.accounts[name], response.code or ""
-            pending.form = access_token_request(
-                account, code, pending.code_verifier, pending.redirect_uri)
-            self._exchange(name, pending)
 
     # The control protocol: a method for each verb, their table, and the dispatch.
 
