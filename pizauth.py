@@ -1750,17 +1750,16 @@ class Authenticator:
         if token is None:
             text = "No access token"
         elif isinstance(token, Pending):
-            notified = token.notified_at
             text = "Access token pending authentication"
-            text += "" if notified is None else f" (last notification {date(notified)})"
+            if token.notified_at is not None:
+                text += f" (last notification {date(token.notified_at)})"
         elif self._clock.now() < token.expires_at:
             text = (f"Active access token (obtained {date(token.obtained_at)};"
                     f" expires {date(token.expires_at)})")
+        elif token.attempted_at is None:
+            text = "Access token expired (refresh not yet attempted)"
         else:
-            tried = token.attempted_at
-            tried_text = ("refresh not yet attempted" if tried is None
-                          else f"last refresh attempt {date(tried)}")
-            text = f"Access token expired ({tried_text})"
+            text = f"Access token expired (last refresh attempt {date(token.attempted_at)})"
         if name in self._errors:
             at, error = self._errors[name]
             text += f"; last error at {date(at)}: {error}"
