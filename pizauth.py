@@ -1406,15 +1406,14 @@ class Authenticator:
         pending.cancel = None
         try:
             response = token_response(outcome, pending.form)
-        except TransientError as error:
-            if not error.outage or pending.tries >= CODE_TRIES:
-                return self._not_authorized(name, str(error))
-            pending.retry_at = self._clock.now() + CODE_RETRY_INTERVAL
-            self._rescheduled()
-            message = f"Authentication for {name} failed, and will be tried again: {error}"
-            self._failed(name, message, INFO)
-        except PermanentError as error:
-            self._not_authorized(name, str(error))
+        except TokenError as error:
+            if isinstance(error, TransientError) and error.outage and pending.tries < CODE_TRIES:
+                pending.retry_at = self._clock.now() + CODE_RETRY_INTERVAL
+                self._rescheduled()
+                message = f"Authentication for {name} failed, and will be tried again: {error}"
+                self._failed(name, message, INFO)
+            else:
+                self._refused(name, None, f"Authentication for {name} failed: {error}")
         else:
             self._obtained(name, response, response.refresh_token, "token_new")
             if response.refresh_token is None:
@@ -1429,12 +1428,6 @@ class Authenticator:
         self._errors.pop(name, None)
         self._replace(
             name, token, event, f"Account {name} is authorised: you can safely close this page.")
-
-    def _not_authorized(self, name: str, reason: str) -> None:
-        """The provider or the person said no, or there was no answer to be had."""
-        message = f"Authentication for {name} failed: {reason}"
-        self._replace(name, None, None, message)
-        self._failed(name, message, ERROR)
 
     def _refresh(self, name: str, token: Active) -> None:
         """Post the refresh token (RFC 6749 6)."""
@@ -1466,9 +1459,7 @@ class Authenticator:
                 token.cancel = self._command(
                     "transient_error_if_cmd", name, {}, VERDICT_LIMIT, then)
         except PermanentError as error:
-            message = f"Refreshing {name} failed: {error}"
-            self._replace(name, None, "token_invalidated", message)
-            self._failed(name, message, ERROR)
+            self._refused(name, "token_invalidated", f"Refreshing {name} failed: {error}")
         else:
             refresh_token = response.refresh_token or token.refresh_token
             self._obtained(name, response, refresh_token, "token_refreshed")
@@ -1483,8 +1474,7 @@ class Authenticator:
             return
         message = f"Refreshing {name} failed for good, says transient_error_if_cmd"
         self._replace(name, None, "token_invalidated", message)
-        self._errors[name] = (self._clock.now(), printable(message))
-        self._log(ERROR, message)
+        self._failed(name, message, ERROR)
 
     def _expire(self, name: str, token: Active) -> None:
         """An access token without a refresh token has reached the end of its life."""
@@ -1497,13 +1487,19 @@ class Authenticator:
         except PizauthError as error:
             self._log(ERROR, "The configuration was not reloaded: " + str(error).partition("\n")[0])
 
+    def _refused(self, name: str, event: str | None, message: str) -> None:
+        """The provider or the person said no, or there was no answer to be had: tell the person."""
+        self._replace(name, None, event, message)
+        notify = self.config.error_notify_cmd is not None
+        self._failed(name, message, INFO if notify else ERROR)
+        if notify:
+            variables = {"PIZAUTH_MSG": printable(message)}
+            self._command("error_notify_cmd", name, variables, ERROR_LIMIT)
+
     def _failed(self, name: str, message: str, level: int) -> None:
-        """Remember an account's failure for `status`, and tell it; an error also to the person."""
+        """Remember an account's failure for `status`, and log it."""
         message = printable(message)  # an account's name may be anything
         self._errors[name] = (self._clock.now(), message)
-        if level == ERROR and self.config.error_notify_cmd is not None:
-            self._command("error_notify_cmd", name, {"PIZAUTH_MSG": message}, ERROR_LIMIT)
-            level = INFO
         self._log(level, message)
 
     # Shell commands.
@@ -1566,8 +1562,9 @@ class Authenticator:
             if response.error is not None:
                 words = filter(None, (response.error, response.error_description))
                 reason = printable(": ".join(words))[:500] or "no reason given"
-                self._not_authorized(name, reason)
-                raise BadRequest(400, f"Authentication for {name} failed: {reason}")
+                message = f"Authentication for {name} failed: {reason}"
+                self._refused(name, None, message)
+                raise BadRequest(400, message)
             if not response.code:
                 raise BadRequest(400, "The address has no 'code': request a fresh token.")
             pending.form = access_token_request(
