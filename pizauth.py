@@ -1309,7 +1309,7 @@ class Authenticator:
         if self.deadline() > now:
             return
         for moment, act, name, token in list(self._appointments()):
-            if moment <= now and self._tokens.get(name) is token:
+            if moment <= now:
                 act(name, token)
         self._rescheduled()
 
