@@ -1838,8 +1838,9 @@ def post_form(uri: str, form: Fields) -> bytes:
             if response.length and size <= ANSWER_LIMIT:
                 raise OSError("the answer was cut short")
             whole = response.length is not None or response.chunked
-            return outcome_bytes(response.status, retry_after(response.headers.get("Retry-After")),
-                                 whole, bytes(body[:size]) if size <= ANSWER_LIMIT else b"")
+            delay = retry_after(response.headers.get("Retry-After", ""))
+            return outcome_bytes(response.status, delay, whole,
+                                 bytes(body[:size]) if size <= ANSWER_LIMIT else b"")
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         host = urllib.parse.urlsplit(uri).netloc
@@ -1879,14 +1880,12 @@ def is_loopback(uri: str) -> bool:
     return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", host) is not None
 
 
-def retry_after(value: str | None) -> float:
+def retry_after(value: str) -> float:
     """The seconds that a Retry-After, maybe a date, asks for (RFC 9110 10.2.3); 0 for nonsense."""
     from email.utils import parsedate_to_datetime
 
-    if value is None:
-        return 0
     if re.fullmatch(r"[0-9]+", value.strip()):
-        return min(float(value), RETRY_AFTER_LIMIT)
+        return float(value)
     try:
         return max(0, parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError, IndexError):
