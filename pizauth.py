@@ -1899,8 +1899,8 @@ def mint_certificate() -> bytes:
     server's own imports, so that both run at the same time, and imports all it needs itself.
     """
     try:
-        import hashlib, json
-        from cryptography.hazmat.primitives import serialization
+        import json
+        from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError:
         return b"{}"
@@ -1911,11 +1911,10 @@ def mint_certificate() -> bytes:
         pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     point = key.public_key().public_bytes(
         serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
-    sha256 = hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).digest()
     return json.dumps({
         "pem": (private + certificate.public_bytes(pem)).decode(),
         "https_pub_key": point.hex(":").upper(),
-        "https_cert_sha256": sha256.hex(":").upper(),
+        "https_cert_sha256": certificate.fingerprint(hashes.SHA256()).hex(":").upper(),
     }).encode()
 
 
@@ -1929,9 +1928,6 @@ def self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     names += [x509.DNSName(host)] if host.isascii() and host != "localhost" else []
     addresses = [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ("127.0.0.1", "::1")]
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    no_usage = dict.fromkeys(("content_commitment", "key_encipherment", "data_encipherment",
-                              "key_agreement", "key_cert_sign", "crl_sign", "encipher_only",
-                              "decipher_only"), False)
     start = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
     end = start + datetime.timedelta(days=825)  # the most that browsers have taken
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "pizauth")])
@@ -1940,7 +1936,7 @@ def self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     for extension, critical in (
         (x509.SubjectAlternativeName([*names, *addresses]), False),
         (x509.BasicConstraints(ca=False, path_length=None), True),
-        (x509.KeyUsage(digital_signature=True, **no_usage), True),
+        (x509.KeyUsage(True, *[False] * 8), True),  # digital_signature, and none of the others
         (x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), False),
         (identifier, False),
         (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), False),
