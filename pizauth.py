@@ -1924,8 +1924,8 @@ def self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
 
-    host, names = os.uname().nodename, [x509.DNSName("localhost")]
-    names += [x509.DNSName(host)] if host.isascii() and host != "localhost" else []
+    hosts = dict.fromkeys(("localhost", os.uname().nodename))
+    names = [x509.DNSName(host) for host in hosts if host.isascii()]
     addresses = [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ("127.0.0.1", "::1")]
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     start = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
