@@ -1850,15 +1850,11 @@ def post_form(uri: str, form: Fields) -> bytes:
 def connect(address: tuple[str, int], *_: object) -> socket.socket:
     """Runs in a child: a connection to a host, whose IPv6 and IPv4 addresses are tried in turn
     (RFC 8305 4): some have eight of one kind, and all may be a black hole. Raises OSError."""
-    turns: dict[int, int] = {}
-
-    def turn(found: tuple[Any, ...]) -> int:
-        turns[found[0]] = turns.get(found[0], 0) + 1
-        return turns[found[0]]
-
+    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    families = [one[0] for one in found]
+    turns = [families[:at].count(family) for at, family in enumerate(families)]
     reason = OSError("no address found")
-    for *family, _name, place in sorted(
-            socket.getaddrinfo(*address, type=socket.SOCK_STREAM), key=turn):
+    for _turn, (*family, _name, place) in sorted(zip(turns, found), key=lambda pair: pair[0]):
         try:
             sock = socket.socket(*family)
             try:
