@@ -1335,7 +1335,7 @@ class Authenticator:
     # Transitions.
 
     def _replace(self, name: str, token: Pending | Active | None, event: str | None,
-                 told: str) -> None:
+                 told: str = "") -> None:
         """Change an account's state: the only way to. Browsers waiting for the old are told why."""
         old = self._tokens[name]
         self._tokens[name] = token
@@ -1455,9 +1455,8 @@ class Authenticator:
             self._rescheduled()
             self._failed(name, f"Refreshing {name} failed, and will be tried again: {error}", INFO)
             if token.failures % VERDICT_FAILURES == 0 and self.config.transient_error_if_cmd:
-                then = partial(self._judged, name, token)
-                token.cancel = self._command(
-                    "transient_error_if_cmd", name, {}, VERDICT_LIMIT, then)
+                token.cancel = self._command("transient_error_if_cmd", name, {}, VERDICT_LIMIT,
+                                             partial(self._judged, name, token))
         except PermanentError as error:
             self._refused(name, "token_invalidated", f"Refreshing {name} failed: {error}")
         else:
@@ -1472,13 +1471,12 @@ class Authenticator:
         self._rescheduled()
         if status in NO_VERDICT or reason or self.stopping:
             return
-        message = f"Refreshing {name} failed for good, says transient_error_if_cmd"
-        self._replace(name, None, "token_invalidated", message)
-        self._failed(name, message, ERROR)
+        self._replace(name, None, "token_invalidated")
+        self._failed(name, f"Refreshing {name} failed for good, says transient_error_if_cmd", ERROR)
 
     def _expire(self, name: str, token: Active) -> None:
         """An access token without a refresh token has reached the end of its life."""
-        self._replace(name, None, "token_invalidated", "")
+        self._replace(name, None, "token_invalidated")
 
     def hang_up(self) -> None:
         """SIGHUP has come: reload, and tell the log if that fails."""
