@@ -1436,9 +1436,8 @@ class Authenticator:
         form = refresh_request(account, token.refresh_token)
         token.wanted, token.attempted_at = False, now
         self._not_before[name] = now + REFRESH_GAP
-        token.cancel = self._post(
-            normal_uri(account.token_uri), form, False, partial(self._refreshed, name, token, form)
-        )
+        token.cancel = self._post(normal_uri(account.token_uri), form, False,
+                                  partial(self._refreshed, name, token, form))
         self._log(DEBUG, f"{name}: refreshing")
         self._rescheduled()
 
