@@ -1806,8 +1806,10 @@ def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
             signal.signal(number, signal.SIG_DFL)
         limit_resources(descriptors)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        variables = {name: value.replace("\0", "") for name, value in variables.items()}
-        os.execve(shell, [shell, "-c", command], {**os.environ, **variables})
+        ours = {name.encode(): value.replace("\0", "").encode("utf-8", "replace")
+                for name, value in variables.items()}  # whatever the locale
+        arguments = [os.fsencode(shell), b"-c", command.encode()]
+        os.execve(shell, arguments, {**os.environb, **ours})
     except Exception as error:  # whatever it is, it is not the command's verdict
         return f"cannot start {shell}: {error}".encode("utf-8", "replace")
 

@@ -3528,6 +3528,14 @@ class LoopTest(unittest.TestCase):
         self.addCleanup(directory.cleanup)
         return os.path.join(directory.name, "out")
 
+    def test_a_command_is_given_utf_8_in_any_locale(self):
+        script = ("import pizauth; pizauth.server_imports()\n"
+                  "print(pizauth.run_command('echo \\xfc $X', {'X': '\\u2019\\ud800'}, 99))")
+        locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **locale},
+                              cwd=HERE, stdout=subprocess.PIPE, timeout=20)
+        self.assertEqual(done.stdout, "ü ’?\n".encode())
+
     def test_a_command_has_its_environment_no_input_and_nothing_of_the_servers(self):
         path = self.in_file()
         self.connect()
