@@ -1274,12 +1274,12 @@ class Authenticator:
     """The accounts' tokens and what may be done with them.
 
     `post(uri, form, urgent, then)` starts a token request, calls `then(outcome)` on a later pass,
-    and returns a Cancel; so does `run(command, environment, limit, group, then)` for a command.
+    and returns a Cancel; so does `run(command, environment, limit, then)` for a command.
     """
 
     def __init__(self, config: Config, clock: Clock,
                  post: Callable[[str, Fields, bool, Callable[[bytes], None]], Cancel],
-                 run: Callable[[str, Fields, float, bool, Ended], Cancel],
+                 run: Callable[[str, Fields, float, Ended], Cancel],
                  log: Callable[[int, str], None]) -> None:
         self.config = config
         self.ports: dict[str, int | None] = {"http": None, "https": None}  # of redirect listeners
@@ -1512,7 +1512,7 @@ class Authenticator:
             then(status, output)
 
         environment = {"PIZAUTH_ACCOUNT": name, **variables}
-        return self._run(getattr(self.config, option), environment, limit, limit < FOR_EVER, ended)
+        return self._run(getattr(self.config, option), environment, limit, ended)
 
     def _tell_event(self, name: str, event: str) -> None:
         """Have token_event_cmd told of an event, after those before it."""
@@ -2517,11 +2517,12 @@ class Loop:
             output = outcome_bytes(0, 0, False, why.encode())
         request.then(output)
 
-    def run_command(self, command: str, variables: Fields, limit: float, group: bool,
-                    then: Ended, *, spared: bool = False) -> Cancel:
-        """Run a shell command in a child; at its limit its process group is killed, or it alone,
-        or, if it is spared, nobody."""
+    def run_command(self, command: str, variables: Fields, limit: float, then: Ended, *,
+                    spared: bool = False) -> Cancel:
+        """Run a shell command in a child; at its limit its process group is killed, or, if it is
+        spared, nobody. One without a limit is killed alone: it may have opened a browser."""
         work = partial(run_command, command, variables, self.descriptors)
+        group = limit < FOR_EVER and not spared
         waiting = Command(lambda: self.fork(work, limit, then, group=group, spared=spared))
         self.commands.append(waiting)
         return partial(self._cancel, self.commands, waiting)
@@ -2971,7 +2972,7 @@ class Server:
             self.started(0, b"")
         else:
             self.loop.run_command(
-                config.startup_cmd, {}, STARTUP_PATIENCE, False, self.started, spared=True)
+                config.startup_cmd, {}, STARTUP_PATIENCE, self.started, spared=True)
         self.loop.run(self.authenticator, self.each_pass)
         self.end()
 

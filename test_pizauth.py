@@ -114,8 +114,8 @@ class Post:
 class Command:
     """A shell command that was asked for: the test decides how it ends."""
 
-    def __init__(self, command, variables, limit, group, then):
-        self.command, self.variables, self.limit, self.group = command, variables, limit, group
+    def __init__(self, command, variables, limit, then):
+        self.command, self.variables, self.limit = command, variables, limit
         self.then, self.cancelled = then, False
 
     def cancel(self):
@@ -1788,7 +1788,7 @@ class HooksTest(unittest.TestCase):
         (first,) = world.commands
         self.assertEqual(first.command, "do auth_notify_cmd")
         self.assertEqual(first.variables, {"PIZAUTH_ACCOUNT": "x", "PIZAUTH_URL": url})
-        self.assertEqual((first.limit, first.group), (float("inf"), False))
+        self.assertEqual(first.limit, float("inf"))
         world.show()
         world.wait(899)
         self.assertEqual(len(world.commands), 1)
@@ -1822,7 +1822,6 @@ class HooksTest(unittest.TestCase):
                 (command,) = world.commands
                 expected = {"PIZAUTH_ACCOUNT": "x", "PIZAUTH_MSG": message}
                 self.assertEqual((command.variables, command.limit), (expected, 60))
-                self.assertTrue(command.group)
 
     def test_error_notify_cmd_hears_of_failed_authorisations_but_not_of_transient_failures(self):
         world = self.world("error_notify_cmd")
@@ -3374,7 +3373,7 @@ class LoopTest(unittest.TestCase):
     def test_a_command_without_a_process_is_started_once_there_is_one(self):
         """What it does, such as a dump of rotated tokens, may matter."""
         heard = []
-        self.loop.run_command("x", {}, 5, True, lambda *outcome: heard.append(outcome))
+        self.loop.run_command("x", {}, 5, lambda *outcome: heard.append(outcome))
         with unittest.mock.patch("os.fork", side_effect=BlockingIOError(errno.EAGAIN, "no more")):
             for _ in range(3):
                 self.pump()
@@ -3403,7 +3402,7 @@ class LoopTest(unittest.TestCase):
         path = self.in_file()
         self.loop.clock = pizauth.Clock()
         ended = []
-        self.loop.run_command(f"sleep 60 & echo $! > {path}; wait", {}, 0.5, True,
+        self.loop.run_command(f"sleep 60 & echo $! > {path}; wait", {}, 0.5,
                               lambda *outcome: ended.append(outcome))
         with unittest.mock.patch.object(pizauth, "AFTER_SLEEP", 2):
             self.loop.run_due(Idle(None))
@@ -3512,12 +3511,12 @@ class LoopTest(unittest.TestCase):
                 pizauth.token_response(self.asked.pop(), {})
             self.assertEqual((str(caught.exception), caught.exception.outage), (reason, True))
 
-    def run_commands(self, *commands, limit=5.0, group=True, spared=False):
+    def run_commands(self, *commands, limit=5.0, spared=False):
         """Run shell commands to their end; their outcomes, in order of ending."""
         ended = []
         self.loop.clock = pizauth.Clock()
         for command in commands:
-            self.loop.run_command(command, {"PIZAUTH_ACCOUNT": "ü x"}, limit, group,
+            self.loop.run_command(command, {"PIZAUTH_ACCOUNT": "ü x"}, limit,
                                   lambda *outcome: ended.append(outcome), spared=spared)
         self.run_until(lambda: len(ended) == len(commands))
         return ended
@@ -3589,8 +3588,12 @@ class LoopTest(unittest.TestCase):
 
     def test_of_auth_notify_cmd_the_shell_alone_is_killed(self):
         path = self.in_file()
-        command = f"sleep 60 & echo $! > {path}; wait"
-        self.run_commands(command, limit=0.3, group=False)
+        self.loop.clock = pizauth.Clock()
+        cancel = self.loop.run_command(
+            f"sleep 60 & echo $! > {path}; wait", {}, pizauth.FOR_EVER, print)
+        self.run_until(lambda: os.path.exists(path) and os.path.getsize(path))
+        cancel()
+        self.run_until(lambda: not self.loop.children)
         with open(path, encoding="ascii") as file:
             sleeper = int(file.read())
         self.assertTrue(alive(sleeper))
@@ -3615,7 +3618,7 @@ class LoopTest(unittest.TestCase):
     def test_not_all_commands_are_started_at_once(self):
         started = self.loop.fork = unittest.mock.Mock(return_value=None)
         for _ in range(10):
-            self.loop.run_command("x", {}, 5, True, print)
+            self.loop.run_command("x", {}, 5, print)
         self.assertEqual(self.loop.patience(Idle(None)), 0)
         for total in (4, 8, 10):
             self.loop.run_due(Idle(None))
@@ -3623,7 +3626,7 @@ class LoopTest(unittest.TestCase):
 
     def test_a_command_that_is_cancelled_before_it_started_never_starts(self):
         self.loop.fork = unittest.mock.Mock()
-        self.loop.run_command("x", {}, 5, True, print)()
+        self.loop.run_command("x", {}, 5, print)()
         self.loop.run_due(Idle(None))
         self.assertEqual(self.loop.fork.call_count, 0)
 
