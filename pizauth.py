@@ -330,7 +330,7 @@ def config_error(text: str, at: int, message: str) -> ConfigError:
     line, column = text.count("\n", 0, at) + 1, at - start + 1
     near = max(0, at - CONTEXT)
     hidden = re.sub(r"(?i)(secret|password)([^\n]*)",  # however the quotes pair
-                    lambda match: match[1] + re.sub(r'[^"\s;=]', "*", match[2]),
+                    lambda match: match[1] + starred(match[2]),
                     without_values(text[near : at + CONTEXT]))
     before = hidden[max(start, at - 60) - near : at - near]
     after = hidden[at - near : at - near + 60].split("\n")[0]
@@ -338,6 +338,11 @@ def config_error(text: str, at: int, message: str) -> ConfigError:
     margin = re.sub(r"[^\t]", " ", before)
     return ConfigError(
         f"line {line}, column {column}: {printable(message)}\n    {shown}\n    {margin}^")
+
+
+def starred(text: str) -> str:
+    """The text with stars for all but what gives it its shape."""
+    return re.sub(r'[^"\s;=]', "*", text)
 
 
 def without_values(text: str) -> str:
@@ -348,20 +353,23 @@ def without_values(text: str) -> str:
     harmless = "|".join(known - {"client_secret"}) + "|none|off|[0-9]+[smhd]"
     gap = r"\s*(?://[^\n]*\n\s*)*"
 
-    def starred(match: re.Match[str]) -> str:
+    def without_value(match: re.Match[str]) -> str:
+        """A match, starred from where a secret may stand in it."""
+        if match["comment"]:
+            return starred(match[0])
         name, value = match["name"] or "", match["value"] or ""
         core = value.strip(" \t\r\n=;{}")
         if (not name or not re.search(r'[\w"]', core)
                 or re.fullmatch(r"[0-9]+[smhd]|none|off", core)
                 or re.fullmatch(r'\s*"[^"]*"\s*\{[^\w"]*', value)):
             return match[0]
-        return name + re.sub(r'[^"\s;=]', "*", value)
+        return name + starred(value)
 
     return re.sub(rf"""(?P<name> "(?=\w*(?i:secret|password))\w*" | (?!(?:{harmless})\b) \w+ )
                        (?P<value> {gap} [=:>]* {gap} [^"\n]* (?: {string} [^"\n]* )*)
                      | {string} | \w+ (?:{gap}= (?: (?!\w*(?i:secret)) \w+ | [^\w\n";] )* )?
-                  """, starred, text,
-                  flags=re.DOTALL | re.VERBOSE)
+                     | (?P<comment> // [^\n]* )
+                  """, without_value, text, flags=re.DOTALL | re.VERBOSE)
 
 
 def lexemes(text: str) -> Iterator[Lexeme]:
@@ -1540,7 +1548,7 @@ class Authenticator:
         try:
             self._redirected(scheme, head, answer)
         except BadRequest as error:
-            self._log(DEBUG, f"A browser's request was refused: {error}")
+            self._log(DEBUG, f"A browser request was refused: {error}")
             answer(refusal(error))
 
     def _redirected(self, scheme: str, head: Head, answer: Answer) -> None:
@@ -1609,6 +1617,7 @@ class Authenticator:
                 fitting.append((name, self._revived(dumped)))
         for name, token in fitting:  # only now: a dump that ends too soon changes nothing
             self._replace(name, token, None, SUPERSEDED)
+        self._log(INFO, f"Restored the tokens of {len(fitting)} account(s)")
         answer(b"ok:")
 
     def _revoke(self, rest: bytes, answer: Answer) -> None:
@@ -3311,8 +3320,11 @@ def main(arguments: list[str]) -> int:
         return 0
     except PizauthError as error:
         complain(f"ERROR - {error}")
-    except KeyboardInterrupt:
-        pass  # the person knows
+    except KeyboardInterrupt:  # as of a program that does not catch it, so that a loop of a shell
+        import signal  # ends, too; but the person needs no stack trace
+
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     return 1
 
 
