@@ -117,7 +117,7 @@ FORM_LIMIT = 64 << 10  # of one that is a form
 REQUEST_LIMIT = 64 << 10  # of a control request
 RESTORE_LIMIT = 16 << 20  # of one that brings a dump
 HEAD_LIMIT = 16 << 10  # of the head of an HTTP request
-CHUNK = 64 << 10  # read or written at a time
+CHUNK = 64 << 10  # read, or enciphered, at a time
 READ_CHUNK = 8 << 10  # read from a connection at a time: nearly all requests are small
 TLS_CHUNK = 1 << 10  # read a pass where 27 bytes may be a KeyUpdate: 38 of them cost 0.4 ms
 TLS_LIMIT = 64 << 10  # of all that a TLS client sends before its request is whole
@@ -156,8 +156,11 @@ def html_text(text: str) -> str:
 
 def stack_trace() -> str:
     """Where the exception being handled came from: it is a bug of ours."""
-    import traceback
-
+    error = sys.exc_info()[1]
+    try:
+        import traceback
+    except Exception:  # no descriptor is left, or another Python has taken the place of this one
+        return repr(error)
     return traceback.format_exc()
 
 
@@ -1282,7 +1285,8 @@ class Authenticator:
     """The accounts' tokens and what may be done with them.
 
     `post(uri, form, urgent, then)` starts a token request, calls `then(outcome)` on a later pass,
-    and returns a Cancel; so does `run(command, environment, limit, then)` for a command.
+    and returns a Cancel; so does `run(command, environment, limit, then)` for a command, whose
+    `then` is an Ended. One without a limit (FOR_EVER) is cancelled without its children.
     """
 
     def __init__(self, config: Config, clock: Clock,
@@ -1317,7 +1321,7 @@ class Authenticator:
         if self.deadline() > now:
             return
         for moment, act, name, token in list(self._appointments()):
-            if moment <= now:
+            if moment <= now:  # no act replaces a token that has another appointment
                 act(name, token)
         self._rescheduled()
 
@@ -1421,7 +1425,7 @@ class Authenticator:
                 message = f"Authentication for {name} failed, and will be tried again: {error}"
                 self._failed(name, message, INFO)
             else:
-                self._refused(name, None, f"Authentication for {name} failed: {error}")
+                self._login_failed(name, None, f"Authentication for {name} failed: {error}")
         else:
             self._obtained(name, response, response.refresh_token, "token_new")
             if response.refresh_token is None:
@@ -1465,7 +1469,7 @@ class Authenticator:
                 token.cancel = self._command("transient_error_if_cmd", name, {}, VERDICT_LIMIT,
                                              partial(self._judged, name, token))
         except PermanentError as error:
-            self._refused(name, "token_invalidated", f"Refreshing {name} failed: {error}")
+            self._login_failed(name, "token_invalidated", f"Refreshing {name} failed: {error}")
         else:
             refresh_token = response.refresh_token or token.refresh_token
             self._obtained(name, response, refresh_token, "token_refreshed")
@@ -1485,14 +1489,7 @@ class Authenticator:
         """An access token without a refresh token has reached the end of its life."""
         self._replace(name, None, "token_invalidated")
 
-    def hang_up(self) -> None:
-        """SIGHUP has come: reload, and tell the log if that fails."""
-        try:
-            self.reload()
-        except PizauthError as error:
-            self._log(ERROR, "The configuration was not reloaded: " + str(error).partition("\n")[0])
-
-    def _refused(self, name: str, event: str | None, message: str) -> None:
+    def _login_failed(self, name: str, event: str | None, message: str) -> None:
         """The provider or the person said no, or there was no answer to be had: tell the person."""
         self._replace(name, None, event, message)
         notify = self.config.error_notify_cmd is not None
@@ -1568,7 +1565,7 @@ class Authenticator:
                 words = filter(None, (response.error, response.error_description))
                 reason = printable(": ".join(words))[:500] or "no reason given"
                 message = f"Authentication for {name} failed: {reason}"
-                self._refused(name, None, message)
+                self._login_failed(name, None, message)
                 raise BadRequest(400, message)
             if not response.code:
                 raise BadRequest(400, "The address has no 'code': request a fresh token.")
@@ -1716,6 +1713,13 @@ class Authenticator:
 
     # What changes with the configuration, and at the end.
 
+    def hang_up(self) -> None:
+        """SIGHUP has come: reload, and tell the log if that fails."""
+        try:
+            self.reload()
+        except PizauthError as error:
+            self._log(ERROR, "The configuration was not reloaded: " + str(error).partition("\n")[0])
+
     def reconfigure(self, config: Config, ports: dict[str, int | None]) -> None:
         """Take a new configuration; an account that is still what it was keeps its state."""
         before, self.config, self.ports = self.config, config, ports
@@ -1770,8 +1774,8 @@ class Authenticator:
 
 
 # ---- What children do ----
-# These run in forked children and may block. They see what they were forked with, and what they
-# return goes through a pipe.
+# These run in forked children (limit_resources() in the server, too) and may block. They see what
+# they were forked with, and what they return goes through a pipe.
 
 
 def run_child(work: Callable[[], bytes], pipe: int, limit: float, nice: int) -> NoReturn:
@@ -1813,7 +1817,10 @@ def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE,
                        signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
-        limit_resources(descriptors)
+        try:
+            limit_resources(descriptors)
+        except ValueError:
+            pass  # macOS takes no infinite limit back
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         ours = {name.encode(): value.replace("\0", "").encode("utf-8", "replace")
                 for name, value in variables.items()}  # whatever the locale
@@ -2000,7 +2007,8 @@ class Exchange:
     `respond(request, answer)` gets it.
     """
 
-    state = "reading"
+    # Where each begins: one is made for every request, and most change little of this.
+    state = "reading"  # then parked, writing, draining, closed
     watched = 0  # the events that the selector watches for
     outgoing: bytes | memoryview = b""
     eof = False
@@ -2010,7 +2018,7 @@ class Exchange:
                  *, tls: Tls | None = None) -> None:
         self.loop, self.sock, self.kind, self.tls = loop, sock, kind, tls
         self.frame, self.respond = frame, respond
-        self.deadline = loop.clock.now() + CONNECTION_TIMEOUT
+        self.due = loop.clock.now() + CONNECTION_TIMEOUT  # when it is closed
         self.buffer = Received()
         loop.exchanges[kind][self] = None
 
@@ -2035,7 +2043,7 @@ class Exchange:
         """Send the reply and end; does nothing if the peer has gone meanwhile."""
         if self.state not in ("reading", "parked"):
             return
-        self.state, self.deadline = "writing", FOR_EVER
+        self.state, self.due = "writing", self.loop.clock.now() + CONNECTION_TIMEOUT
         try:
             self.outgoing = reply if self.tls is None else self.tls.encrypt(reply)
             self._write()
@@ -2082,7 +2090,7 @@ class Exchange:
             self.loop.log(DEBUG, f"A {self.kind} request was refused: {error}")
             return self.answer(refusal(error))
         if request is not None:
-            self.state, self.deadline = "parked", FOR_EVER
+            self.state, self.due = "parked", FOR_EVER  # who answers has a limit
             self.buffer.clear()
             try:
                 self.respond(request, self.answer)
@@ -2111,8 +2119,6 @@ class Exchange:
 
     def _watch(self, events: int) -> None:
         """Have the selector watch for these events; 0: for none."""
-        if events and self.deadline == FOR_EVER and self.state != "parked":
-            self.deadline = self.loop.clock.now() + CONNECTION_TIMEOUT  # to read our reply
         if events == self.watched:
             return
         if not events:
@@ -2133,9 +2139,9 @@ class Listener:
                  *, context: ssl.SSLContext | None = None) -> None:
         self.loop, self.kind, self.context = loop, kind, context
         self.frame, self.respond = frame, respond
-        self.deadline = FOR_EVER  # when accepting goes on, if it is paused
-        # The half of `socket` that is C: the other half's accept() does no more than ready() does,
-        # but that and the object it gives would cost 4 % of the requests a second.
+        self.due = FOR_EVER  # when accepting goes on, if it is paused
+        # The half of `socket` that is C: accept() of the other half adds nothing that ready() does
+        # not do, and it and its larger object would cost 4 % of the requests a second.
         self.sock = _socket.socket(sock.family, sock.type, 0, sock.detach())
         self.sock.setblocking(False)
         loop.selector.register(self.sock, selectors.EVENT_READ, self.ready)
@@ -2192,15 +2198,15 @@ def is_our_user(sock: _socket.socket) -> bool:
 class Child:
     """A forked child: what it has written so far, and who waits for it; None if nobody does."""
 
-    def __init__(self, loop: Loop, pid: int, pipe: int, limit: float, then: Ended | None,
+    def __init__(self, loop: Loop, pid: int, pipe: int, limit: float, then: Ended | None, *,
                  group: bool, spared: bool) -> None:
         self.loop, self.pid, self.pipe, self.then = loop, pid, pipe, then
-        self.deadline = loop.clock.now() + limit
-        self.group = group  # has it a process group of its own, to be killed with it?
+        self.due = loop.clock.now() + limit  # when it is killed, and its owner told
+        self.group = group  # is its process group killed with it?
         self.spared = spared  # does it live on when its owner has been told of its limit?
         self.output = bytearray()
-        loop.children[pid] = self
         loop.selector.register(pipe, selectors.EVENT_READ, self.ready)
+        loop.children[pid] = self
 
     def ready(self, _events: int = 0) -> bool:
         """Take in what the child has written; was there anything?"""
@@ -2217,7 +2223,7 @@ class Child:
 
     def kill(self) -> None:
         """End it without hearing from it; it is reaped when it has gone."""
-        self.then, self.deadline = None, FOR_EVER
+        self.then, self.due = None, FOR_EVER
         self._close_pipe()
         for kill in (os.killpg, os.kill) if self.group else (os.kill,):
             try:
@@ -2233,12 +2239,12 @@ class Child:
         """
         if self.reap():
             return
-        if now > self.deadline + LATE:
-            self.deadline = now + AFTER_SLEEP
+        if now > self.due + LATE:
+            self.due = now + AFTER_SLEEP
             return
         then = self.then
         if self.spared:
-            self.deadline = FOR_EVER  # and its owner hears of its end, too
+            self.due = FOR_EVER  # and its owner hears of its end, too
         else:
             self.kill()
         self.loop.tell(then, None, b"")
@@ -2274,10 +2280,10 @@ class TokenRequest(Record):
 
 
 class Command(Record):
-    """A shell command that waits to be started, at the deadline again, or runs."""
+    """A shell command that waits to be started, at `due` again, or runs."""
 
     start: Callable[[], Child]
-    deadline: float = 0
+    due: float = 0
     child: Child | None = None
 
 
@@ -2299,7 +2305,7 @@ class Loop:
         self.large: Exchange | None = None  # the one that reads a long request
         self.paused: list[Listener] = []
         self.children: dict[int, Child] = {}
-        self.refused: list[Callable[[], None]] = []  # tells those whose child could not be forked
+        self.unforked: list[Callable[[], None]] = []  # tells those who could have no child
         self.fork_failed = False  # at the last try?
         self.requests: list[TokenRequest] = []
         self.starting = False  # may one of them have its turn to be started?
@@ -2325,13 +2331,13 @@ class Loop:
     def heed_signals(self, authenticator: Authenticator) -> None:
         """Do what the signals that have come ask for."""
         flags, self.flags = self.flags, set()  # taken first: a later signal has its own turn
-        if signal.SIGCHLD in flags:
-            for child in list(self.children.values()):
-                child.reap()
         if flags & {signal.SIGTERM, signal.SIGINT}:
             self.grace_ends = self.clock.now() if authenticator.stopping else FOR_EVER
             authenticator.stopping = True
-        elif signal.SIGHUP in flags and not authenticator.stopping:
+        if signal.SIGCHLD in flags:
+            for child in list(self.children.values()):
+                child.reap()
+        if signal.SIGHUP in flags and not authenticator.stopping:
             authenticator.hang_up()
 
     # The loop itself.
@@ -2343,10 +2349,15 @@ class Loop:
                 patience = self.patience(authenticator)
                 if patience == 0:
                     self.run_due(authenticator)
-                for key, events in self.selector.select(patience):
-                    key.data(events)
-                if self.flags:
+            except Exception:  # a bug of ours, which must neither make it spin nor keep others out
+                self.log(ERROR, "Something due was lost to a bug: " + stack_trace())
+                patience = PAUSE
+            try:
+                ready = self.selector.select(patience)
+                if self.flags:  # before what may raise at every pass
                     self.heed_signals(authenticator)
+                for key, events in ready:
+                    key.data(events)
                 each_pass()
             except Exception:  # a bug of ours, which must not end the daemon, nor make it spin
                 self.log(ERROR, "Something was lost to a bug: " + stack_trace())
@@ -2363,33 +2374,33 @@ class Loop:
 
     def patience(self, authenticator: Authenticator) -> float | None:
         """How long the loop may sleep; 0: something is due; None: until somebody comes."""
-        if self.refused or self.starting:
+        if self.unforked or self.starting or self.flags:
             return 0
         moment = self.grace_ends if authenticator.stopping else authenticator.deadline()
         timed: tuple[Iterable[Any], ...] = (
             *self.exchanges.values(), self.children.values(), self.commands, self.paused)
-        for kind in timed:
-            for one in kind:
-                moment = min(moment, one.deadline)
+        for some in timed:
+            for one in some:
+                moment = min(moment, one.due)
         return None if moment == FOR_EVER else max(0, min(LONGEST_SLEEP, moment - self.clock.now()))
 
     def run_due(self, authenticator: Authenticator) -> None:
-        """End what has reached its deadline, start what waits for its turn, tell who was refused a
-        child, and have the authenticator do what is due."""
+        """End what has reached its limit, tell who could have no child, start what waits for its
+        turn, accept connections again, and have the authenticator do what is due."""
         now = self.clock.now()
-        for exchange in [exchange for kind in self.exchanges.values() for exchange in kind
-                         if exchange.deadline <= now]:
+        for exchange in [exchange for some in self.exchanges.values() for exchange in some
+                         if exchange.due <= now]:
             exchange.close()
-        for child in [child for child in self.children.values() if child.deadline <= now]:
+        for child in [child for child in self.children.values() if child.due <= now]:
             child.expire(now)
-        refused, self.refused = self.refused, []
-        for tell in refused:
+        unforked, self.unforked = self.unforked, []
+        for tell in unforked:
             tell()
-        for command in [one for one in self.commands if one.deadline <= now][:COMMANDS_A_PASS]:
+        for command in [one for one in self.commands if one.due <= now][:COMMANDS_A_PASS]:
             self._start_command(command)
         if self.starting:
             self._start_request()
-        for listener in [listener for listener in self.paused if listener.deadline <= now]:
+        for listener in [listener for listener in self.paused if listener.due <= now]:
             self._resume(listener)
         if not authenticator.stopping:
             authenticator.run_due()
@@ -2428,19 +2439,23 @@ class Loop:
         del self.exchanges[exchange.kind][exchange]
         if self.large is exchange:
             self.large = None
-        while self.paused:
-            self._resume(self.paused[0])
+        for listener in self.paused[:]:
+            self._resume(listener)
 
     def pause(self, listener: Listener) -> None:
         """Descriptors or memory have run out: accept no more until some are free or time passed."""
         self.log(WARNING, "Out of descriptors or memory: accepting connections is paused")
         self.selector.unregister(listener.sock)
         self.paused.append(listener)
-        listener.deadline = self.clock.now() + PAUSE
+        listener.due = self.clock.now() + PAUSE
 
     def _resume(self, listener: Listener) -> None:
-        self.paused.remove(listener)
-        self.selector.register(listener.sock, selectors.EVENT_READ, listener.ready)
+        try:
+            self.selector.register(listener.sock, selectors.EVENT_READ, listener.ready)
+        except OSError:
+            listener.due = self.clock.now() + PAUSE  # there is still no memory
+        else:
+            self.paused.remove(listener)
 
     # Children.
 
@@ -2449,8 +2464,8 @@ class Loop:
         """Run work() in a child; then(exit status, what work returned) once it has ended, on a
         later pass.
 
-        After `limit` seconds then(None, b""), and it is killed: with its group if it has one, not
-        at all if it is spared. Raises OSError if there can be no child.
+        After `limit` seconds then(None, b""), and it is killed: with its group if `group`, not at
+        all if it is spared. Raises OSError if there can be no child.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)  # or the young child's ring our bell
         try:
@@ -2473,7 +2488,13 @@ class Loop:
         self.fork_failed = False
         os.close(writer)
         os.set_blocking(reader, False)
-        return Child(self, pid, reader, limit, then, group, spared)
+        try:
+            return Child(self, pid, reader, limit, then, group=group, spared=spared)
+        except OSError:  # no memory to watch its pipe with; it has hardly begun
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(reader)
+            raise
 
     def post(self, uri: str, form: Fields, urgent: bool,
              then: Callable[[bytes], None]) -> Cancel:
@@ -2512,7 +2533,7 @@ class Loop:
         except OSError as error:
             self.requests.remove(request)
             reason = f"cannot start another process: {error.strerror}"
-            self.refused.append(partial(self.tell, posted, None, reason.encode()))
+            self.unforked.append(partial(self.tell, posted, None, reason.encode()))
 
     def _posted(self, request: TokenRequest, status: int | None, output: bytes) -> None:
         if request in self.requests:
@@ -2540,15 +2561,14 @@ class Loop:
         try:
             command.child = command.start()
         except OSError:
-            command.deadline = self.clock.now() + FORK_RETRY  # the dump that it makes may matter
+            command.due = self.clock.now() + FORK_RETRY  # the dump that it makes may matter
         else:
             self.commands.remove(command)
 
-    def end(self) -> None:
+    def close_exchanges(self) -> None:
         """Close every connection."""
-        for kind in self.exchanges.values():
-            for exchange in list(kind):
-                exchange.close()
+        for exchange in [exchange for some in self.exchanges.values() for exchange in some]:
+            exchange.close()
 
 
 # ---- Paths and standard streams ----
@@ -2945,7 +2965,11 @@ class Server:
         self.control_checked = self.clock.now()
         if self.control_id is not None and file_id(self.control_path) == self.control_id:
             return
-        if is_served(self.control_path):
+        try:
+            served = is_served(self.control_path)
+        except OSError:
+            return  # out of descriptors: the next look may tell
+        if served:
             self.log(ERROR, f"Another server has taken over {self.control_path}: this one ends")
             self.authenticator.stopping = True
         else:
@@ -2967,15 +2991,15 @@ class Server:
     def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Serve until told to stop and leave nothing behind; ready() says that clients can come.
         Raises PizauthError before that."""
+        config = self.config
         try:
             self.set_up_loop()
+            self.loop.catch_signals()
+            self.note_pid()
+            ready()
         except OSError as error:
             os.unlink(self.control_path)
             raise PizauthError(f"Cannot start the server: {error.strerror}") from None
-        self.loop.catch_signals()
-        self.note_pid()
-        config = self.config
-        ready()
         self.log(INFO, f"Serving {len(config.accounts)} account(s) on {self.control_path}")
         if config.startup_cmd is None:
             self.started(0, b"")
@@ -3020,7 +3044,7 @@ class Server:
         fcntl.flock(self.lock, fcntl.LOCK_UN)  # a child just forked may still have it open
         os.close(self.lock)
         self.authenticator.farewell()
-        self.loop.end()
+        self.loop.close_exchanges()
 
 
 def tls_context(pem: str, directory: str) -> ssl.SSLContext:
@@ -3101,7 +3125,7 @@ def daemonise(server: Server) -> None:
 # ---- Client and command line ----
 # A client is one ask(). It speaks through _socket, the half of `socket` that is C, and a plain
 # `show ACCOUNT` is answered before argparse is imported: together they would cost `show` 3 ms, a
-# quarter of the interpreter's own start. A plain `server` would keep 0.5 MiB of argparse.
+# quarter of the interpreter's own start. Nor is it for a plain `server`, which would keep 0.5 MiB.
 
 
 def ask(request: bytes) -> bytes:
@@ -3156,8 +3180,8 @@ def info(options: argparse.Namespace) -> None:
     import json
 
     try:
-        server_info = json.loads(ask(b"info:"))
-    except (PizauthError, ValueError):
+        server_info = dict(json.loads(ask(b"info:")))
+    except (PizauthError, TypeError, ValueError):
         server_info = {}
     cache, config = runtime_directory(), config_path(options.config)
     if options.json:
@@ -3308,6 +3332,7 @@ def command_line() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Run a command; the exit status."""
     try:
+        # What mail programs and login scripts run, without argparse.
         if len(arguments) == 2 and arguments[0] == "show" and not arguments[1].startswith("-"):
             print_token(b"withurl " + os.fsencode(arguments[1]))
         elif arguments in (["server"], ["server", "-d"]):
@@ -3328,6 +3353,11 @@ def main(arguments: list[str]) -> int:
     return 1
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Run the command line and end the process: for a launcher, too."""
     # Nothing is buffered, and what the interpreter would tidy up now costs `show` 2 ms.
     os._exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run()

@@ -3015,7 +3015,7 @@ class Idle:
         return False
 
     def check(self):
-        self.stopping = self.stop() or time.monotonic() > self.end
+        self.stopping = self.stopping or self.stop() or time.monotonic() > self.end
 
 
 class LoopTest(unittest.TestCase):
@@ -3025,7 +3025,7 @@ class LoopTest(unittest.TestCase):
         self.peers, self.asked = [], []
 
     def tearDown(self):
-        self.loop.end()
+        self.loop.close_exchanges()
         for sock in (*self.peers, self.loop.bell, self.loop.rung):
             sock.close()
         self.loop.selector.close()
@@ -3240,6 +3240,27 @@ class LoopTest(unittest.TestCase):
         self.pump()
         self.assertEqual(self.received(peer), b"hello")
 
+    def test_accepting_stays_paused_while_there_is_no_memory_to_go_on(self):
+        listener, address = self.listener()
+        self.loop.pause(listener)
+        self.peers.append(socket.create_connection(address))
+        self.peers[-1].shutdown(socket.SHUT_WR)
+        self.clock.advance(1)
+        error = OSError(errno.ENOMEM, "no memory")
+        with unittest.mock.patch.object(self.loop.selector, "register", side_effect=error):
+            self.loop.run_due(Idle(None))
+        self.assertEqual((self.loop.paused, self.loop.patience(Idle(None))), ([listener], 1))
+        self.clock.advance(1)
+        self.pump()
+        self.assertEqual(self.peers[-1].recv(9), b"hello")
+
+    def test_a_child_that_cannot_be_watched_is_none(self):
+        error = OSError(errno.ENOSPC, "no space")
+        with unittest.mock.patch.object(self.loop.selector, "register", side_effect=error):
+            self.assertRaises(OSError, self.loop.fork, lambda: time.sleep(60), 70, print)
+        self.assertEqual(self.loop.children, {})
+        self.assertRaises(ChildProcessError, os.waitpid, -1, os.WNOHANG)
+
     def test_a_connection_that_ends_makes_room_for_those_that_were_paused(self):
         listener, _ = self.listener()
         peer = self.connect("browser", pizauth.http_head)
@@ -3274,6 +3295,35 @@ class LoopTest(unittest.TestCase):
         idle.deadline = lambda: self.clock.now() - 5
         self.assertEqual(self.loop.patience(idle), 0)
 
+    def test_a_signal_that_comes_while_others_are_heeded_is_heeded_next(self):
+        self.loop.flags.add(signal.SIGTERM)  # and the bell, which told of it, has been drained
+        self.assertEqual(self.loop.patience(Idle(None)), 0)
+
+    def test_what_is_due_and_raises_each_time_keeps_neither_clients_nor_signals_out(self):
+        self.loop.clock = pizauth.Clock()
+        peer = self.connect(respond=lambda _, answer: answer(b"served"))
+        peer.shutdown(socket.SHUT_WR)
+        killed = []
+
+        def heeded():
+            if not killed:
+                killed.append(os.kill(os.getpid(), signal.SIGTERM))
+            return self.idle.stopping
+
+        start = time.monotonic()
+        with unittest.mock.patch.object(self.loop, "run_due", side_effect=ZeroDivisionError):
+            self.run_until(heeded)
+        self.assertLess(time.monotonic() - start, 5)  # by the signal, and not by Idle's own end
+        self.assertEqual(self.received(peer), b"served")
+        self.assertIn("ZeroDivisionError", "".join(self.logged))
+
+    def test_a_bug_is_told_even_if_no_traceback_can_be_imported(self):
+        try:
+            raise ZeroDivisionError("oh")
+        except ZeroDivisionError:
+            with unittest.mock.patch.dict(sys.modules, {"traceback": None}):
+                self.assertEqual(pizauth.stack_trace(), "ZeroDivisionError('oh')")
+
     def test_an_outcome_that_has_come_is_not_lost_to_its_limit(self):
         ended = []
         child = self.loop.fork(lambda: b"tokens", 30, lambda *outcome: ended.append(outcome))
@@ -3296,7 +3346,7 @@ class LoopTest(unittest.TestCase):
         self.loop.flags.add(signal.SIGCHLD)  # a child may have ended before we listened
         kept = {number: signal.getsignal(number) for number in self.loop.signals}
         self.loop.catch_signals()
-        idle = Idle(condition)
+        self.idle = idle = Idle(condition)
         idle.deadline = lambda: self.loop.clock.now() + 0.02
         try:
             self.loop.run(idle, idle.check)
@@ -3415,7 +3465,7 @@ class LoopTest(unittest.TestCase):
             self.loop.run_due(Idle(None))
             until(lambda: os.path.exists(path) and os.path.getsize(path))
             (child,) = self.loop.children.values()
-            child.deadline -= 100  # as if the machine had slept
+            child.due -= 100  # as if the machine had slept
             self.run_until(lambda: ended)
         self.assertEqual(ended, [(None, b"")])
         with open(path, encoding="ascii") as file:
@@ -3718,7 +3768,7 @@ class TlsTest(unittest.TestCase):
         self.exchange.ready()
 
     def tearDown(self):
-        self.loop.end()
+        self.loop.close_exchanges()
         for sock in (self.peer, self.loop.bell, self.loop.rung):
             sock.close()
         self.loop.selector.close()
@@ -4386,6 +4436,31 @@ class CommandLineTest(unittest.TestCase):
                                   text=True, env=daemon.environment)
             self.assertEqual(done.stdout, "True\n", done.stderr)
 
+    def test_a_server_out_of_descriptors_leaves_its_socket_for_the_next_look(self):
+        with Daemon(account("x")) as daemon:
+            daemon.stop()
+            script = (
+                "import os, socket, pizauth; pizauth.server_imports()\n"
+                f"server = pizauth.Server({daemon.config!r}, 0, -1); server.set_up_loop()\n"
+                "os.unlink(server.control_path); hoard = []\n"
+                "try:\n  while True: hoard.append(os.dup(0))\nexcept OSError: pass\n"
+                "server.check_socket(); [os.close(one) for one in hoard]; server.check_socket()\n"
+                "print(pizauth.is_served(server.control_path))")
+            done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True,
+                                  text=True, env=daemon.environment)
+            self.assertEqual(done.stdout, "True\n", done.stderr)
+
+    def test_a_server_that_cannot_let_go_of_the_terminal_says_so_and_leaves_no_socket(self):
+        with Daemon(account("x")) as daemon:
+            daemon.stop()
+            daemon.program = [
+                "-c", "import pizauth\ndef fail(log): raise OSError(24, 'no more')\n"
+                "pizauth.Log.use_syslog = fail; pizauth.run()"]
+            done = subprocess.run([sys.executable, *daemon.program, "server"], cwd=HERE,
+                                  capture_output=True, text=True, env=daemon.environment)
+            self.fails(done, "Cannot start the server: no more")
+            self.assertFalse(os.path.exists(daemon.socket))
+
     def test_a_server_started_with_closed_streams_keeps_its_lock(self):
         daemon = Daemon(account("x"))
         self.addCleanup(daemon.__exit__)
@@ -4404,28 +4479,41 @@ class CommandLineTest(unittest.TestCase):
         self.assertRegex(limits, r"Max core file size +0 +0 ")
         self.assertRegex(limits, r"Max open files +1024 ")
 
+    def replied(self, reply, *arguments):
+        """What a client does that gets this reply."""
+        with tempfile.TemporaryDirectory(prefix="piz") as directory, \
+                socket.socket(socket.AF_UNIX) as server:
+            os.mkdir(f"{directory}/pizauth", 0o700)
+            server.bind(f"{directory}/pizauth/pizauth.sock")
+            server.listen()
+
+            def answer():
+                with server.accept()[0] as client:
+                    while client.recv(99):
+                        pass
+                    client.sendall(reply)
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            done = self.run_in(directory, *arguments)
+            thread.join()
+            return done
+
     def test_a_dump_of_nothing_or_of_a_part_is_an_error(self):
         whole = World.authorised().dump()
         for reply, message in ((b"", "The server gave no dump"),
                                (b"error:Oh", "The server gave no dump: Oh"),
                                (whole[:-1], "This is no dump of pizauth's, or it was changed or cut"
                                             " short")):
-            with self.subTest(reply=reply), socket.socket(socket.AF_UNIX) as other, \
-                    tempfile.TemporaryDirectory(prefix="piz") as directory:
-                os.mkdir(f"{directory}/pizauth", 0o700)
-                other.bind(f"{directory}/pizauth/pizauth.sock")
-                other.listen()
+            with self.subTest(reply=reply):
+                self.fails(self.replied(reply, "dump"), message)
 
-                def answer(other=other, reply=reply):
-                    with other.accept()[0] as client:
-                        while client.recv(99):
-                            pass
-                        client.sendall(reply)
-
-                thread = threading.Thread(target=answer)
-                thread.start()
-                self.fails(self.run_in(directory, "dump"), message)
-                thread.join()
+    def test_info_of_a_server_that_makes_no_sense_is_that_of_none(self):
+        for reply in (b"", b"5", b"[1]", b"{", b"error:x"):
+            with self.subTest(reply=reply):
+                done = self.replied(reply, "info")
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                self.assertTrue(done.stdout.endswith("\nserver not running\n"), done.stdout)
 
     def test_restore_reads_all_its_input_before_it_connects(self):
         with Daemon(account("x")) as daemon:
@@ -5549,7 +5637,7 @@ def demonstrate(stay):
 
 # ---- Benchmarks ----
 
-LAUNCHER = "import sys, pizauth\nraise SystemExit(pizauth.main(sys.argv[1:]))\n"
+LAUNCHER = "import pizauth\npizauth.run()\n"
 BARE_SERVER = """
 import selectors, socket, sys
 selector, listener = selectors.DefaultSelector(), socket.socket(socket.AF_UNIX)
