@@ -3317,6 +3317,26 @@ class LoopTest(unittest.TestCase):
         self.assertEqual(self.received(peer), b"served")
         self.assertIn("ZeroDivisionError", "".join(self.logged))
 
+    def test_a_handler_that_raises_each_time_keeps_no_signal_out(self):
+        self.loop.clock = pizauth.Clock()
+        ours, peer = socket.socketpair()
+        self.peers += [ours, peer]
+        peer.send(b"x")
+        calls = []
+
+        def broken(_):
+            calls.append(1)
+            if len(calls) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if len(calls) > 50:
+                raise SystemExit("SIGTERM was not heeded")
+            raise ZeroDivisionError
+
+        self.loop.selector.register(ours, pizauth.selectors.EVENT_READ, broken)
+        with unittest.mock.patch.object(pizauth, "PAUSE", 0.01):
+            self.run_until(lambda: self.idle.stopping)
+        self.assertIn("ZeroDivisionError", "".join(self.logged))
+
     def test_a_bug_is_told_even_if_no_traceback_can_be_imported(self):
         try:
             raise ZeroDivisionError("oh")
