@@ -3329,8 +3329,9 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str]) -> int:
-    """Run a command; the exit status."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command, of the command line if none is given; the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         # What mail programs and login scripts run, without argparse.
         if len(arguments) == 2 and arguments[0] == "show" and not arguments[1].startswith("-"):
@@ -3356,7 +3357,7 @@ def main(arguments: list[str]) -> int:
 def run() -> NoReturn:
     """Run the command line and end the process: for a launcher, too."""
     # Nothing is buffered, and what the interpreter would tidy up now costs `show` 2 ms.
-    os._exit(main(sys.argv[1:]))
+    os._exit(main())
 
 
 if __name__ == "__main__":
