@@ -1597,7 +1597,7 @@ class Authenticator:
             until = self._clock.date(token.expires_at)
             raise RequestError(f"'{account.name}' has no refresh token;"
                                f" its access token lasts until {until}")
-        self._refresh_wanted(token)
+        self._refresh_wanted(account.name, token)
         answer(b"scheduled:")
 
     def _reload(self, rest: bytes, answer: Answer) -> None:
@@ -1634,7 +1634,7 @@ class Authenticator:
         if token.cancel is not None:
             return answer(b"error:Access token has expired."
                           b" Refreshing is in progress but has not yet succeeded")
-        self._refresh_wanted(token)
+        self._refresh_wanted(account.name, token)
         answer(b"error:Access token has expired. Refreshing initiated")
 
     def _shutdown(self, rest: bytes, answer: Answer) -> None:
@@ -1688,12 +1688,13 @@ class Authenticator:
             self._expire(name, token)
         return self._tokens[name]
 
-    def _refresh_wanted(self, token: Active) -> None:
+    def _refresh_wanted(self, name: str, token: Active) -> None:
         """Refresh as soon as may be, whatever the schedule or Retry-After say."""
         if token.cancel is None and not self.stopping:  # its outcome would be lost with us
             token.wanted = True
             self._rescheduled()
-            self.run_due()
+            if self._not_before.get(name, 0) <= self._clock.now():
+                self._refresh(name, token)  # as run_due() would, but without a walk of all accounts
 
     def _dumped(self, name: str) -> Dumped | None:
         """An account's state as a dump has it: by the wall's clock."""

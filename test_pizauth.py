@@ -1688,6 +1688,19 @@ class ControlTest(unittest.TestCase):
     def setUp(self):
         self.world = World(account("x") + account('a b "q" é'.replace('"', '\\"')))
 
+    def test_a_request_about_one_account_walks_through_no_others(self):
+        world = World(account("x") + account("y"))
+        walk = unittest.mock.patch.object(world.auth, "_appointments", side_effect=AssertionError)
+        with walk:
+            for request in ("showtoken:withurl x", "showtoken:withurl x", "refresh:withurl x",
+                            "revoke:x", "refresh:withurl x"):
+                self.assertNotIn("error:", world.ask(request))
+        world.authorise()
+        with walk:
+            self.assertEqual(world.show(), "access_token:at1")
+            self.assertEqual(world.refresh(), "scheduled:")
+        self.assertEqual(len(world.posts), 1)
+
     def test_unknown_requests(self):
         for request in ("", "status", "nonsense:", "showtoken withurl x", ":", "STATUS:"):
             reply = self.world.ask(request)
