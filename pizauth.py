@@ -3347,8 +3347,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except PizauthError as error:
         complain(f"ERROR - {error}")
-    except KeyboardInterrupt:  # as of a program that does not catch it, so that a loop of a shell
-        import signal  # ends, too; but the person needs no stack trace
+    except KeyboardInterrupt:
+        # End as who does not catch it, so that a loop of the shell ends, too, but silently.
+        import signal
 
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
