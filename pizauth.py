@@ -105,7 +105,7 @@ GRACE = 2  # How long may what is in flight at the end still reach token_event_c
 FORK_RETRY = 1  # How long until a shell command is started for which there was no process?
 LATE = 1  # How late must the loop be for a child's limit to count as slept through?
 AFTER_SLEEP = 5  # And how much more time does the child get from then on?
-PAUSE = 1  # How long is accepting paused when descriptors or memory have run out?
+PAUSE = 1  # How long is accepting paused out of descriptors or memory, or the loop after a bug?
 SOCKET_CHECK = 60  # How often is the control socket looked at, when the loop is awake anyway?
 CLIENT_TIMEOUT = 10  # How long do clients wait for the server's next byte, `shutdown` for its end?
 
@@ -141,7 +141,7 @@ ERROR, WARNING, INFO, DEBUG, TRACE = range(5)  # levels of the log; -v adds one
 
 # ---- Errors and records ----
 # An error holds a sentence for a person: which account or line, and what happened. Its class says
-# who reads it.
+# who reads it. Before them stand four small tools that several sections use.
 
 
 def printable(text: str) -> str:
@@ -1690,11 +1690,13 @@ class Authenticator:
 
     def _refresh_wanted(self, name: str, token: Active) -> None:
         """Refresh as soon as may be, whatever the schedule or Retry-After say."""
-        if token.cancel is None and not self.stopping:  # its outcome would be lost with us
+        if token.cancel is not None or self.stopping:
+            return  # one runs already, or its outcome would be lost with us
+        if self._not_before.get(name, 0) <= self._clock.now():
+            self._refresh(name, token)
+        else:
             token.wanted = True
             self._rescheduled()
-            if self._not_before.get(name, 0) <= self._clock.now():
-                self._refresh(name, token)  # as run_due() would, but without a walk of all accounts
 
     def _dumped(self, name: str) -> Dumped | None:
         """An account's state as a dump has it: by the wall's clock."""

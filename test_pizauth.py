@@ -724,7 +724,7 @@ class ConfigTest(unittest.TestCase):
         self.assertEqual(pizauth.decode_config(b"\xef\xbb\xbfa"), "a")
         for mark in (b"", b"\xef\xbb\xbf"):
             with self.assertRaises(pizauth.ConfigError) as caught:
-                pizauth.decode_config(mark + b"ok\n\n\xff")
+                pizauth.decode_config(mark + b"ok\n\nab\xff")
             self.assertEqual(
                 str(caught.exception), "line 3: byte 0xff is not UTF-8: save the file as UTF-8")
 
@@ -3269,10 +3269,11 @@ class LoopTest(unittest.TestCase):
 
     def test_a_child_that_cannot_be_watched_is_none(self):
         error = OSError(errno.ENOSPC, "no space")
-        with unittest.mock.patch.object(self.loop.selector, "register", side_effect=error):
+        with unittest.mock.patch.object(self.loop.selector, "register", side_effect=error), \
+                unittest.mock.patch("os.kill", wraps=os.kill) as kill:
             self.assertRaises(OSError, self.loop.fork, lambda: time.sleep(60), 70, print)
         self.assertEqual(self.loop.children, {})
-        self.assertRaises(ChildProcessError, os.waitpid, -1, os.WNOHANG)
+        self.assertRaises(ChildProcessError, os.waitpid, kill.call_args[0][0], os.WNOHANG)
 
     def test_a_connection_that_ends_makes_room_for_those_that_were_paused(self):
         listener, _ = self.listener()
@@ -3551,7 +3552,7 @@ class LoopTest(unittest.TestCase):
             self.assertEqual(nice, 10)
             started.append(work.args[0].split("/")[2])
             return unittest.mock.Mock(
-                spec=pizauth.Child, deadline=0.0, kill=lambda: None, end=then, then=then)
+                spec=pizauth.Child, due=0.0, kill=lambda: None, end=then, then=then)
 
         self.loop.fork = fork
         return started
@@ -4456,32 +4457,22 @@ class CommandLineTest(unittest.TestCase):
             self.assertIn("Another server has taken over", daemon.logged())
 
     def test_a_socket_that_could_not_be_made_anew_is_tried_again(self):
-        with Daemon(account("x")) as daemon:
-            daemon.stop()
-            script = (
-                "import os, unittest.mock, pizauth; pizauth.server_imports()\n"
-                f"server = pizauth.Server({daemon.config!r}, 0, -1); server.set_up_loop()\n"
-                "os.unlink(server.control_path)\n"
-                "with unittest.mock.patch('selectors.DefaultSelector.register', "
-                "lambda *_: os.stat('/nowhere')): server.check_socket()\n"
-                "server.check_socket(); print(pizauth.is_served(server.control_path))")
-            done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True,
-                                  text=True, env=daemon.environment)
-            self.assertEqual(done.stdout, "True\n", done.stderr)
-
-    def test_a_server_out_of_descriptors_leaves_its_socket_for_the_next_look(self):
-        with Daemon(account("x")) as daemon:
-            daemon.stop()
-            script = (
-                "import os, socket, pizauth; pizauth.server_imports()\n"
-                f"server = pizauth.Server({daemon.config!r}, 0, -1); server.set_up_loop()\n"
-                "os.unlink(server.control_path); hoard = []\n"
-                "try:\n  while True: hoard.append(os.dup(0))\nexcept OSError: pass\n"
-                "server.check_socket(); [os.close(one) for one in hoard]; server.check_socket()\n"
-                "print(pizauth.is_served(server.control_path))")
-            done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True,
-                                  text=True, env=daemon.environment)
-            self.assertEqual(done.stdout, "True\n", done.stderr)
+        unwatched = ("with unittest.mock.patch('selectors.DefaultSelector.register',"
+                     " lambda *_: os.stat('/nowhere')): server.check_socket()\n")
+        no_descriptors = ("hoard = []\ntry:\n  while True: hoard.append(os.dup(0))\n"
+                          "except OSError: server.check_socket()\n"
+                          "for one in hoard: os.close(one)\n")
+        for trouble in (unwatched, no_descriptors):
+            with self.subTest(trouble=trouble), Daemon(account("x")) as daemon:
+                daemon.stop()
+                script = (
+                    "import os, unittest.mock, pizauth; pizauth.server_imports()\n"
+                    f"server = pizauth.Server({daemon.config!r}, 0, -1); server.set_up_loop()\n"
+                    f"os.unlink(server.control_path)\n{trouble}"
+                    "server.check_socket(); print(pizauth.is_served(server.control_path))")
+                done = subprocess.run([sys.executable, "-c", script], cwd=HERE, text=True,
+                                      capture_output=True, env=daemon.environment)
+                self.assertEqual(done.stdout, "True\n", done.stderr)
 
     def test_a_server_that_cannot_let_go_of_the_terminal_says_so_and_leaves_no_socket(self):
         with Daemon(account("x")) as daemon:
@@ -4511,6 +4502,14 @@ class CommandLineTest(unittest.TestCase):
             limits = file.read()
         self.assertRegex(limits, r"Max core file size +0 +0 ")
         self.assertRegex(limits, r"Max open files +1024 ")
+
+    @unittest.skipUnless(importlib.util.find_spec("cryptography"), "cryptography is not installed")
+    @unittest.skipUnless(os.path.exists("/proc/self/maps"), "there is no /proc to read them from")
+    def test_the_package_that_mints_is_not_in_the_server(self):
+        with Daemon(account("x", 'redirect_uri = "https://localhost/";')) as daemon:
+            self.assertRegex(json.loads(daemon.ask(b"info:"))["https_port"], "^[0-9]+$")
+            with open(f"/proc/{daemon.process.pid}/maps", encoding="utf-8") as file:
+                self.assertNotRegex(file.read(), "cryptography|cffi")
 
     def replied(self, reply, *arguments):
         """What a client does that gets this reply."""
