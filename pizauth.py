@@ -1,16 +1,23 @@
-#!/usr/bin/env python3
+#!/bin/sh
 # SPDX-License-Identifier: Apache-2.0 OR MIT
 # /// script
 # requires-python = ">=3.9"
 # dependencies = ["cryptography"]
 # ///
-"""pizauth: an OAuth2 token daemon for command-line mail programs.
+""":" # For sh: it has Python run this file by its cached bytecode, which `show` needs to be fast.
+exec python3 -E -c 'import os, sys
+sys.path = [path for path in sys.path if path]
+from importlib.machinery import SourceFileLoader as Loader
+del sys.argv[0]
+exec(Loader("__main__", os.path.realpath(sys.argv[0])).get_code("__main__"))' "$0" "$@"
 
-`pizauth server` holds access tokens in memory and keeps them fresh; `pizauth show ACCOUNT` prints
-one. This file is both.
-The vocabulary is that of RFC 6749 (OAuth 2.0), 7636 (PKCE) and 8252 (native applications).
+pizauth: an OAuth2 token daemon for command-line mail programs.
 
-The state of an account, and what moves it:
+`pizauth server` keeps access tokens in memory and fresh; `pizauth show ACCOUNT` prints one. This
+file is both; start reading at main(), at the end, for each section uses only what stands above it.
+The words are those of RFC 6749 (OAuth 2.0), 7636 (PKCE) and 8252 (native apps).
+
+The state of an account, and what changes it:
 
             show, refresh              code exchanged               refreshed
     Empty ----------------> Pending -------------------> Active ----------------+
@@ -22,29 +29,21 @@ The state of an account, and what moves it:
 One authorization, step by step:
 
  1. `show work` finds Empty: Authenticator makes a Pending, with a fresh `state` and
-    `code_verifier`, and answers its URL.
- 2. The person opens the URL; the provider sends the browser to our redirect listener with that
-    `state` and a `code`.
- 3. Authenticator.redirected finds the Pending by its `state` and posts code and verifier to the
-    token endpoint, in a child.
- 4. The answer replaces Pending by Active; the browser, which waited, is told; `show work` prints
-    the access token.
- 5. Before the token expires a second child posts the refresh token, and the answer replaces Active
-    by a new Active.
+    `code_verifier`, and answers with its URL.
+ 2. The person opens it; the provider sends the browser to our redirect listener, with that `state`
+    and a `code`.
+ 3. Authenticator.redirected finds the Pending by its `state`, and a child process posts code and
+    verifier to the token endpoint.
+ 4. The answer makes an Active of it, and the waiting browser gets a page that says so.
+ 5. Before the token expires another child posts the refresh token: a new Active.
 
-The control protocol: a client of the Unix socket sends one request, `VERB ":" REST`, shuts down its
-half, and reads the reply to end of file: `KIND ":" TEXT`, or `error:` and a sentence (`dump` and
-`info` answer bytes and JSON as they are). Authenticator.control answers it.
+The control protocol: a client of the Unix socket sends `VERB ":" REST` and end of file, and gets
+`KIND ":" TEXT`, or `error:` and a sentence (`dump` and `info`: bytes and JSON).
 
-One process, which never has a second thread, owns all state and waits in one place, Loop.run.
-Whatever may block is a forked child, which sees what it was forked with and at most writes bytes
-into a pipe. There are no timers: everything due is derived from the state (Authenticator.run_due,
-.deadline), so nothing has to be cancelled. A late outcome counts only if the token it belongs to is
-still in place.
-
-Sections: errors and records; configuration; OAuth 2.0 messages; wire formats; time and token
-states; dump; Authenticator; what children do; Loop; paths and standard streams; the server; the
-client. Each uses only what stands above it. Start reading at main(), at the end.
+One process with one thread owns all state and waits in one place, Loop.run. Whatever may block is a
+forked child: it sees what it was forked with, and writes its result into a pipe. There are no
+timers: what is due, and when, is derived from the state (deadline() and run_due() of each part), so
+there is nothing to cancel. A late result counts only if the token it belongs to is still in place.
 """
 
 from __future__ import annotations
@@ -53,115 +52,59 @@ import os
 import stat
 import sys
 
-TYPE_CHECKING = False  # `typing` would cost every `show` 2 ms; mypy takes this name for its own
+if __name__ == "__main__":  # Python adds our own directory, where somebody else's http.py may be.
+    sys.path[:] = [path for path in sys.path
+                   if path not in ("", os.path.dirname(os.path.realpath(sys.argv[0])))]
+
+TYPE_CHECKING = False  # typing.TYPE_CHECKING for mypy; importing it would cost every `show` 2 ms
 if TYPE_CHECKING:
-    import _socket, argparse, binascii, errno, fcntl, gc, json, re, resource, select, selectors
-    import signal, socket, ssl, time, urllib.parse
-    from collections.abc import Iterable, Iterator, Mapping
+    import argparse, base64, errno, fcntl, gc, hashlib, html, http, json, re, resource, secrets
+    import select, selectors, signal, socket, ssl, time, traceback, urllib.parse
+    from collections.abc import Iterator, Mapping
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
+    from contextlib import suppress
     from functools import partial
-    from typing import Any, Callable, NoReturn, Optional
+    from typing import Any, Callable, NoReturn, Optional, Union
+    from typing import dataclass_transform  # novermin: mypy alone reads this
 
-    Answer = Callable[[bytes], None]  # gives a peer its reply, exactly once, now or on a later pass
-    Cancel = Callable[[], None]  # stops a child whose outcome nobody wants any more
-    Ended = Callable[[Optional[int], bytes], None]  # told exit status and output of a child
+    Addresses = tuple[tuple[str, int], ...]  # hosts and ports of a listener
+    Answer = Callable[[bytes], None]  # gives a peer its reply; used once, now or on a later pass
+    Cancel = Callable[[], None]  # stops work whose result is no longer wanted
+    Ended = Callable[[Optional[int], bytes], None]  # takes a child's exit status and output
     Fields = dict[str, str]  # a form, or the environment variables of a command
+    Reloaded = Callable[[Optional["PizauthError"]], None]  # takes why a reload failed, or None
+    Token = Union["Pending", "Active"]  # what an account has, unless it is Empty
+else:
+    def dataclass_transform(**_options):
+        """Does nothing: it tells mypy that subclasses get an __init__ from their annotations."""
+        return lambda cls: cls
 
 
 def server_imports() -> None:
-    """Bind what only the server needs: `show` runs at every login and must not pay for it.
-
-    A server sits in memory for months, so it does without secrets and hashlib, which bring in
-    libcrypto (3.7 MiB), and without html, base64, difflib and traceback (1.2 MiB).
-    """
-    global _socket, binascii, errno, fcntl, gc, json, re, resource, select, selectors, signal
-    global socket, time, urllib, partial
-    import _socket, binascii, errno, fcntl, gc, json, re, resource, select, selectors, signal
-    import socket, time, urllib.parse
+    """Import what only the server needs: `show` runs at every login of a mail program."""
+    global base64, errno, fcntl, gc, hashlib, html, http, json, partial, re, resource, secrets
+    global select, selectors, signal, socket, suppress, time, traceback, urllib
+    import base64, errno, fcntl, gc, hashlib, html, http, json, re, resource, secrets
+    import select, selectors, signal, socket, time, traceback, urllib.parse
+    from contextlib import suppress
     from functools import partial
 
 
 VERSION = "0.1.0"
-
-# Lengths of time, in seconds.
-TOKEN_REQUEST_LIMIT = 30  # How long may one token request take in all, look-ups included?
-CONNECT_TIMEOUT = 5  # And how long to connect to one address? Leaves time for five more.
-CODE_RETRY_INTERVAL = 6  # How long after a failed code exchange is it tried again?
-BROWSER_PATIENCE = 10  # How long does a browser wait for the outcome until told to close the page?
-REFRESH_GAP = 1  # How far apart do refreshes of one account start, whatever is asked or sent?
-REMINDER_GAP = 1  # How far apart are reminders, when auth_notify_interval is 0s?
-LEAST_AGE = 10  # How old does a token get before it is refreshed, unless half its life is less?
-RETRY_AFTER_LIMIT = 3600  # How long may a server's Retry-After hold a refresh back?
-LIFE_LIMIT = 10 * 365 * 86400  # What expires_in is beyond belief?
-CONNECTION_TIMEOUT = 10  # How long may a client take to send a request, and then to read the reply?
-LONGEST_SLEEP = 37  # How late may we notice that the machine slept? (poll does not count that time)
-ERROR_LIMIT = 60  # How long may error_notify_cmd run?
-EVENT_LIMIT = 10  # And token_event_cmd, which holds up the next event?
-VERDICT_LIMIT = 180  # And transient_error_if_cmd, which holds up the next refresh?
-FOR_EVER = float("inf")  # the limit of what has none, the moment of what is not to come
-STARTUP_PATIENCE = 60  # How long does READY=1 wait for startup_cmd, which may run for ever?
-GRACE = 2  # How long may what is in flight at the end still reach token_event_cmd?
-FORK_RETRY = 1  # How long until a shell command is started for which there was no process?
-LATE = 1  # How late must the loop be for a child's limit to count as slept through?
-AFTER_SLEEP = 5  # And how much more time does the child get from then on?
-PAUSE = 1  # How long is accepting paused out of descriptors or memory, or the loop after a bug?
-SOCKET_CHECK = 60  # How often is the control socket looked at, when the loop is awake anyway?
-CLIENT_TIMEOUT = 10  # How long do clients wait for the server's next byte, `shutdown` for its end?
-
-# Sizes, in bytes.
-CONFIG_LIMIT = 16 << 20  # of a configuration file
-CONTEXT = 8 << 10  # of it on either side of an error, to tell names from what may be a secret
-ANSWER_LIMIT = 1 << 20  # of a token endpoint's answer
-FORM_LIMIT = 64 << 10  # of one that is a form
-REQUEST_LIMIT = 64 << 10  # of a control request
-RESTORE_LIMIT = 16 << 20  # of one that brings a dump
-HEAD_LIMIT = 16 << 10  # of the head of an HTTP request
-CHUNK = 64 << 10  # read, or enciphered, at a time
-READ_CHUNK = 8 << 10  # read from a connection at a time: nearly all requests are small
-TLS_CHUNK = 1 << 10  # read a pass where 27 bytes may be a KeyUpdate: 38 of them cost 0.4 ms
-TLS_LIMIT = 64 << 10  # of all that a TLS client sends before its request is whole
-
-# Counts.
-CODE_TRIES = 10  # How often is a code exchange tried in all?
-CONNECTIONS = {"control": 256, "browser": 128}  # How many connections of each kind may be open?
-NICE = 10  # By how much does a token request give way, at first to the server that answers others?
-TOKEN_REQUESTS = {"refresh": 12, "code": 16}  # At how many does one more wait? Codes are urgent.
-HOST_REQUESTS = {"refresh": 3, "code": 4}  # And to one host?
-VERDICT_FAILURES = 6  # After how many failures in a row is transient_error_if_cmd asked again?
-COMMANDS_A_PASS = 4  # How many shell commands are started before others have their turn?
-ACCEPTS = 32  # How many connections are accepted before others have their turn?
-READS = 4  # How often is one connection read before others have their turn?
-FIELDS = 100  # How many fields may a query, a form or an HTTP head have?
-PORT_TRIES = 10  # How many ports are tried until both loopback families have the same one free?
-DESCRIPTORS = 1024  # The soft limit: enough for all the above, and cheap to close in a child.
-
-ERROR, WARNING, INFO, DEBUG, TRACE = range(5)  # levels of the log; -v adds one
+FOR_EVER = float("inf")  # the limit of work that has none, and the moment that never comes
+CHUNK = 64 << 10  # bytes read, or encrypted, at a time
+ERROR, WARNING, INFO, DEBUG, TRACE = range(5)  # levels of the log; each -v adds one
 
 
 # ---- Errors and records ----
-# An error holds a sentence for a person: which account or line, and what happened. Its class says
-# who reads it. Before them stand four small tools that several sections use.
+# An error holds a sentence for a person; its class says who reads it. Two small functions that
+# several sections use come first.
 
 
 def printable(text: str) -> str:
-    """The text without control characters: what comes from outside must not drive a terminal."""
+    """The text without control characters: text from outside must not control a terminal."""
     return "".join(c for c in text if c.isprintable())
-
-
-def html_text(text: str) -> str:
-    """The text as it is written in a page, between tags or in an attribute."""
-    return text.translate({38: "&amp;", 60: "&lt;", 62: "&gt;", 34: "&quot;", 39: "&#39;"})
-
-
-def stack_trace() -> str:
-    """Where the exception being handled came from: it is a bug of ours."""
-    error = sys.exc_info()[1]
-    try:
-        import traceback
-    except Exception:  # no descriptor is left, or another Python has taken the place of this one
-        return repr(error)
-    return traceback.format_exc()
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -172,19 +115,19 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 class PizauthError(Exception):
-    """The root: main() prints it after `ERROR - ` and exits 1. What else escapes is a bug."""
+    """The root: main() prints it after `ERROR - ` and exits 1. Any other exception is a bug."""
 
 
 class ConfigError(PizauthError):
-    """The configuration cannot be used: the first line tells where and why, the rest shows it."""
+    """The configuration cannot be used: the first line says where and why, the rest shows it."""
 
 
 class RequestError(PizauthError):
-    """A control client asked for what cannot be done; it is answered `error:` and this."""
+    """A control client asked for something impossible; it is answered `error:` and this."""
 
 
 class BadRequest(PizauthError):
-    """A browser sent what cannot be used; it is answered a page with this status and text."""
+    """A browser sent something unusable; it is answered with a page of this status and text."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -192,94 +135,169 @@ class BadRequest(PizauthError):
 
 
 class TokenError(PizauthError):
-    """The token endpoint gave no token: 500 characters at most, without what drives a terminal."""
+    """The token endpoint gave no token; 500 printable characters at most.
 
-    def __init__(self, text: str) -> None:
+    `error` is the provider's word for it (RFC 6749 5.2); `retry_after` is in seconds; an `outage`
+    is known by transport or status, and a code exchange is retried after it.
+    """
+
+    def __init__(self, text: str, error: str = "", outage: bool = False,
+                 retry_after: float = 0) -> None:
         super().__init__(printable(text)[:500])
+        self.error, self.outage, self.retry_after = error, outage, retry_after
 
 
 class TransientError(TokenError):
-    """It was no OAuth answer: the login is kept. `outage`: transport or status invite a new try."""
-
-    def __init__(self, text: str, outage: bool = False, retry_after: float = 0) -> None:
-        super().__init__(text)
-        self.outage = outage
-        self.retry_after = retry_after
+    """Worth retrying."""
 
 
 class PermanentError(TokenError):
-    """The authorization server said no, in the words of RFC 6749 5.2."""
+    """The authorization server refused, in the words of RFC 6749 5.2."""
 
 
+@dataclass_transform(kw_only_default=True)
 class Record:
-    """Named fields: a subclass's annotations, its attributes as defaults; equal if identical."""
+    """Named fields: the annotations of a subclass and of its bases; class attributes are defaults.
+    Each record equals only itself. (`dataclasses` would cost `show` 12 ms.)"""
 
-    def __init__(self, *values: Any, **named: Any) -> None:
-        names = list(type(self).__annotations__)
-        fields = dict(zip(names, values), **named)
-        missing = [name for name in names if name not in fields and not hasattr(type(self), name)]
-        if missing or len(values) > len(names) or not fields.keys() <= set(names):
-            raise TypeError(f"{type(self).__name__}: fields are {names}, missing {missing}")
-        self.__dict__.update(fields)
+    def __init__(self, **given: Any) -> None:
+        self.__dict__.update(self.defaults(), **given)
+        if self.__dict__.keys() != set(self.fields()):
+            raise TypeError(f"{type(self).__name__} has the fields {self.fields()}, not {given}")
+
+    @classmethod
+    def fields(cls) -> list[str]:
+        """The names of the fields, those of base classes first."""
+        annotations = [getattr(base, "__annotations__", {}) for base in reversed(cls.__mro__)]
+        return list({name: None for names in annotations for name in names})
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The fields that have a default."""
+        return {name: getattr(cls, name) for name in cls.fields() if hasattr(cls, name)}
 
 
 # ---- Configuration ----
-# Text in, a Config or a ConfigError out; no file is opened here. The class docstring of Parser is
-# the grammar.
+# Text in, a Config or a ConfigError out. Account and Config declare the options; the docstring of
+# Parser is the grammar.
+
+MANDATORY: Any = object()  # the default of an option that has none
 
 
-class Account(Record):
-    """An account, its texts as written; from auth_uri to token_uri all is security-relevant."""
+class Option(Record):
+    """What option() was told."""
 
-    name: str
-    auth_uri: str
-    auth_uri_fields: tuple[tuple[str, str], ...] = ()
-    client_id: str
-    client_secret: str | None = None
-    redirect_uri: str = "http://localhost/"
-    scopes: tuple[str, ...] = ()
-    token_uri: str
-    login_hint: str | None = None
-    refresh_at_least: int
-    refresh_before_expiry: int
-    refresh_retry: int
+    read: str
+    default: Any
+    dump: str
+
+
+def option(read: str, *, default: Any = MANDATORY, dump: str = "") -> Any:
+    """Declare an option, as a field of Account or Config; without a default it is mandatory.
+
+    `read` is the method of Parser that reads its value. With `dump`, tokens depend on the option: a
+    reload that changes it drops the token, and a dump restores only where it is equal. `dump` is
+    its layout in a dump, one of LAYOUTS, for options that the original has: these must stand in the
+    order of its dumps. Any other option is an "extension", and may stand anywhere.
+    """
+    return Option(read=read, default=default, dump=dump)
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(option,))
+class Block(Record):
+    """A record whose fields are options."""
 
     @classmethod
-    def security_fields(cls) -> list[str]:
-        """The options that a token depends on: all but the times and login_hint."""
-        fields = list(cls.__annotations__)
-        return fields[fields.index("auth_uri") : fields.index("token_uri") + 1]
+    def options(cls) -> dict[str, Option]:
+        """The options that may stand in this block, in the order of their declaration."""
+        return {name: found for name, found in super().defaults().items()
+                if isinstance(found, Option)}
 
-    def security(self) -> dict[str, Any]:
-        """Those options: a token obtained with other values must not be shown for this account."""
-        return {field: getattr(self, field) for field in self.security_fields()}
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        return {name: option.default for name, option in cls.options().items()
+                if option.default is not MANDATORY}
+
+
+class Schedule(Block):
+    """Options that may stand in an account, or outside for all accounts. Times are in seconds."""
+
+    refresh_at_least: int = option("time", default=90 * 60)
+    refresh_before_expiry: int = option("time", default=90)
+    refresh_retry: int = option("time", default=40)
+
+
+class Account(Schedule):
+    """An account and its options, texts as written."""
+
+    name: str
+    auth_uri: str = option("uri", dump="string")
+    auth_uri_fields: tuple[tuple[str, str], ...] = option("pairs", default=(), dump="pairs")
+    client_id: str = option("string", dump="string")
+    client_secret: str | None = option("string", default=None, dump="optional")
+    redirect_uri: str = option("uri", default="http://localhost/", dump="string")
+    scopes: tuple[str, ...] = option("strings", default=(), dump="strings")
+    token_uri: str = option("uri", dump="string")
+    login_hint: str | None = option("string", default=None)
+
+    @property
+    def redirect_scheme(self) -> str:
+        """Which listener the browser comes back to: http or https."""
+        return split_uri(self.redirect_uri).scheme
 
     def redirect_uri_at(self, port: int) -> str:
         """The redirect URI as sent, with our listener's port in place of its own (RFC 8252 7.3)."""
         return normal_uri(self.redirect_uri, port)
 
 
-class Config(Record):
-    """Times are in seconds; a listener is the addresses it takes, the first of them for sure."""
+class Config(Schedule):
+    """A whole configuration. Times are in seconds."""
 
     accounts: dict[str, Account]
-    auth_notify_cmd: str | None = None
-    auth_notify_interval: int = 15 * 60
-    error_notify_cmd: str | None = None
-    http_listen: tuple[tuple[str, int], ...] = (("127.0.0.1", 0), ("::1", 0))
-    https_listen: tuple[tuple[str, int], ...] = (("127.0.0.1", 0), ("::1", 0))
-    refresh_at_least: int = 90 * 60
-    refresh_before_expiry: int = 90
-    refresh_retry: int = 40
-    startup_cmd: str | None = None
-    token_event_cmd: str | None = None
-    transient_error_if_cmd: str | None = None
+    auth_notify_cmd: str | None = option("string", default=None)
+    auth_notify_interval: int = option("time", default=15 * 60)
+    error_notify_cmd: str | None = option("string", default=None)
+    http_listen: Addresses | None = option("listen", default=None)
+    https_listen: Addresses | None = option("listen", default=None)
+    startup_cmd: str | None = option("string", default=None)
+    token_event_cmd: str | None = option("string", default=None)
+    transient_error_if_cmd: str | None = option("string", default=None)
+
+    def addresses(self, scheme: str) -> Addresses:
+        """Where to listen for redirects: the first address must bind, the others may fail."""
+        written: Addresses | None = getattr(self, f"{scheme}_listen")
+        if written is None:  # by default HTTPS is on only while an account redirects to it
+            return LOOPBACK if scheme == "http" or self.https_account() else ()
+        return written
+
+    def https_account(self) -> Account | None:
+        """The first account that redirects to https, if there is one."""
+        return next((account for account in self.accounts.values()
+                     if account.redirect_scheme == "https"), None)
+
+
+LOOPBACK = (("127.0.0.1", 0), ("::1", 0))  # any free port, the same for both families
+RESERVED_FIELDS = ("access_type", "client_id", "code_challenge", "code_challenge_method",
+                   "redirect_uri", "response_type", "scope", "state")
+RENAMED = {
+    "auth_error_cmd": "it is called error_notify_cmd now",
+    "refresh_retry_interval": "it is called refresh_retry now",
+    "not_transient_error_if": 'write transient_error_if_cmd = "! ..." instead',
+}
+NOT_OURS = {
+    **dict.fromkeys("#/", "comments start with //"),
+    "-": "names of options are written with '_', and numbers without a sign",
+    "'": "strings are written in double quotes",
+    **dict.fromkeys("\u201c\u201d", 'strings are written in straight double quotes, "..."'),
+}
+A_TIME = "a whole number and a unit, such as 90s, 15m, 2h or 1d"
+A_STRING = "a string in double quotes"
+OVER_LINES = "This string continues on the next line"
+SHOWN_WIDTH = 60  # characters of the line that an error shows on either side of its mark
 
 
 class Lexeme:
     """A lexical token: its kind (start, word, time, string, end, or the mark itself)."""
-
-    __slots__ = ("at", "kind", "text")
 
     def __init__(self, kind: str, text: str, at: int) -> None:
         self.kind, self.text, self.at = kind, text, at
@@ -288,35 +306,17 @@ class Lexeme:
         shown = self.text if len(self.text) <= 40 else self.text[:40] + "..."
         return {"start": "nothing", "string": "a string"}.get(self.kind, f"'{shown}'")
 
-
-MANDATORY = ("auth_uri", "client_id", "token_uri")
-RESERVED_FIELDS = ("access_type", "client_id", "code_challenge", "code_challenge_method",
-                   "redirect_uri", "response_type", "scope", "state")
-RENAMED = {
-    "auth_error_cmd": "it is called error_notify_cmd now",
-    "refresh_retry_interval": "it is called refresh_retry now",
-    "not_transient_error_if":
-        'write transient_error_if_cmd = "! ..." instead: it exits 0 if the error is transient',
-}
-NOT_OURS = {
-    "#": "comments start with //",
-    "/": "comments start with //",
-    "-": "the names of options are written with '_', and numbers without a sign",
-    "'": "strings stand in double quotes",
-    "\u201c": 'strings stand in straight double quotes, "..."',
-    "\u201d": 'strings stand in straight double quotes, "..."',
-}
-A_TIME = "a whole number and a unit, such as 90s, 15m, 2h or 1d"
-A_STRING = "a string in double quotes"
-OVER_LINES = "This string goes over several lines"
+    def value(self) -> str:
+        """The text that a STRING stands for."""
+        return re.sub(r'\\(["\\])', r"\1", self.text[1:-1])
 
 
 def decode_config(data: bytes) -> str:
-    """The text of a configuration file, less a byte order mark. Raises ConfigError if not UTF-8."""
+    """The text of a configuration file, without a byte order mark. Raises ConfigError."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        text = error.object  # the data less its mark, from where error.start counts
+        text = error.object  # without the mark, so error.start counts from there
         line = text.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"line {line}: byte {text[error.start]:#04x} is not UTF-8:"
                           " save the file as UTF-8") from None
@@ -328,55 +328,31 @@ def parse(text: str) -> Config:
 
 
 def config_error(text: str, at: int, message: str) -> ConfigError:
-    """The error at an offset: place, message, that line (secrets starred), and a mark below it."""
+    """The error at an offset: its place, the message, that line, and a mark under the culprit."""
     start = text.rfind("\n", 0, at) + 1
     line, column = text.count("\n", 0, at) + 1, at - start + 1
-    near = max(0, at - CONTEXT)
-    hidden = re.sub(r"(?i)(secret|password)([^\n]*)",  # however the quotes pair
-                    lambda match: match[1] + starred(match[2]),
-                    without_values(text[near : at + CONTEXT]))
-    before = hidden[max(start, at - 60) - near : at - near]
-    after = hidden[at - near : at - near + 60].split("\n")[0]
+    hidden = without_values(text)
+    before = hidden[max(start, at - SHOWN_WIDTH) : at]
+    after = hidden[at : at + SHOWN_WIDTH].partition("\n")[0]
+    before, after = (re.sub("\0+", "***", part) for part in (before, after))
     shown = "".join(c if c == "\t" or c.isprintable() else "?" for c in before + after)
     margin = re.sub(r"[^\t]", " ", before)
     return ConfigError(
         f"line {line}, column {column}: {printable(message)}\n    {shown}\n    {margin}^")
 
 
-def starred(text: str) -> str:
-    """The text with stars for all but what gives it its shape."""
-    return re.sub(r'[^"\s;=]', "*", text)
-
-
 def without_values(text: str) -> str:
-    """The text with stars for all that is, or may be meant as, a secret: what follows a name that
-    is no known option's, or client_secret's, to the end of its line and of a string there."""
-    string = r'"[^"\\]*(?:\\.[^"\\]*)*"?'
-    known = {*Parser.GLOBAL_OPTIONS, *Parser.ACCOUNT_OPTIONS, *RENAMED, "account"}
-    harmless = "|".join(known - {"client_secret"}) + "|none|off|[0-9]+[smhd]"
-    gap = r"\s*(?://[^\n]*\n\s*)*"
-
-    def without_value(match: re.Match[str]) -> str:
-        """A match, starred from where a secret may stand in it."""
-        if match["comment"]:
-            return starred(match[0])
-        name, value = match["name"] or "", match["value"] or ""
-        core = value.strip(" \t\r\n=;{}")
-        if (not name or not re.search(r'[\w"]', core)
-                or re.fullmatch(r"[0-9]+[smhd]|none|off", core)
-                or re.fullmatch(r'\s*"[^"]*"\s*\{[^\w"]*', value)):
-            return match[0]
-        return name + starred(value)
-
-    return re.sub(rf"""(?P<name> "(?=\w*(?i:secret|password))\w*" | (?!(?:{harmless})\b) \w+ )
-                       (?P<value> {gap} [=:>]* {gap} [^"\n]* (?: {string} [^"\n]* )*)
-                     | {string} | \w+ (?:{gap}= (?: (?!\w*(?i:secret)) \w+ | [^\w\n";] )* )?
-                     | (?P<comment> // [^\n]* )
-                  """, without_value, text, flags=re.DOTALL | re.VERBOSE)
+    """The text with NULs in place of client secrets and of passwords in URIs; of equal length."""
+    text = text.replace("\0", "?")
+    for secret in (r'(client_secret\s*=\s*")([^"\\]*(?:\\.[^"\\]*)*)',
+                   r'(://[^\s/"@:]*:)([^\s/"@]+)(?=@)'):
+        text = re.sub(secret, lambda match: match[1] + re.sub(r"[^\n]", "\0", match[2]), text,
+                      flags=re.DOTALL)
+    return text
 
 
 def lexemes(text: str) -> Iterator[Lexeme]:
-    """The lexical tokens, lazily, and last an `end`. Raises ConfigError at what is none."""
+    """The lexical tokens, lazily, and last an `end`. Raises ConfigError where no token starts."""
     lexicon = re.compile(
         r"""(?P<blank>  [ \t\r\n]+ | //[^\n]* )
           | (?P<time>   [0-9]+[smhd] (?!\w) )
@@ -397,7 +373,7 @@ def lexemes(text: str) -> Iterator[Lexeme]:
 
 
 def lexical_error(text: str, at: int) -> ConfigError:
-    """What is wrong where no token starts: half a string, or a character that has no place here."""
+    """The error where no token starts: half a string, or a character that has no place here."""
     half = re.compile(r'"[^"\\]*(?:\\["\\][^"\\]*)*').match(text, at)
     if half is None:
         hint = NOT_OURS.get(text[at])
@@ -419,7 +395,7 @@ def split_uri(uri: str) -> urllib.parse.SplitResult:
         raise ValueError("This is not a valid HTTP or HTTPS URI:"
                          f" it starts with {scheme[0]} instead of https:")
     if re.search(r"[\x00-\x1f\x7f]|^ | $", uri):
-        raise ValueError("Invalid URI: there are blanks around it, or control characters in it")
+        raise ValueError("Invalid URI: it has blanks around it, or control characters in it")
     if "#" in uri:
         raise ValueError("URI fragments ('#...') are not allowed:"
                          " leave out the '#' and what follows")
@@ -469,26 +445,27 @@ class Parser:
     def __init__(self, text: str) -> None:
         self.source = text
         self.lexemes = lexemes(text)
-        self.last = Lexeme("start", "", 0)
-        self.lexeme = next(self.lexemes)
+        self.last = Lexeme("start", "", 0)  # the one taken last
+        self.lexeme = next(self.lexemes)  # the one to be taken next
+        self.global_options, self.account_options = Config.options(), Account.options()
 
     def error(self, lexeme: Lexeme, message: str) -> ConfigError:
         return config_error(self.source, lexeme.at, message)
 
     def take(self, kind: str, wanted: str = "") -> Lexeme:
-        """The lexeme at hand, which must be of this kind; the next one is at hand then."""
+        """The next lexeme, which must be of this kind; after an error `wanted` says what it is."""
         lexeme, last = self.lexeme, self.last
         if lexeme.kind == kind:
             self.lexeme, self.last = next(self.lexemes, lexeme), lexeme
             return lexeme
-        message = f"Expected {wanted or repr(kind)} after {last}"  # what is there may be a secret
+        message = f"Expected {wanted or repr(kind)} after {last}"
         if "\n" in last.text:
             lexeme, message = last, f"{OVER_LINES}: is its last double quote missing?"
         elif lexeme.kind == "end":
             message += ", but the file ends"
         elif (last.kind, lexeme.kind) in (("}", ";"), (",", "]"), (",", "}")):
             message += f": leave out the '{lexeme.kind if lexeme.kind == ';' else ','}'"
-        elif kind == ";":  # most likely forgotten there, and not where the next option starts
+        elif kind == ";":  # it was probably forgotten there, not where the next option starts
             lexeme = Lexeme(";", "", last.at + len(last.text))
         raise self.error(lexeme, message)
 
@@ -500,17 +477,16 @@ class Parser:
         while self.lexeme.kind != "end":
             if self.lexeme.text == "account":
                 place, account = self.account()
-                name = unquoted(place)
+                name = place.value()
                 if name in accounts:
                     raise self.error(place, f"There is an account '{name}' already:"
                                             " choose another name")
                 accounts[name], places[name] = account, place
             else:
-                self.option(self.GLOBAL_OPTIONS, values)
-        config = Config(accounts, **values)
-        inherited = {option: getattr(config, option) for option in self.ACCOUNT_OPTIONS
-                     if hasattr(config, option)}
-        config.accounts = {name: Account(name, **{**inherited, **account})
+                self.option(self.global_options, values)
+        config = Config(accounts={}, **values)
+        schedule = {name: getattr(config, name) for name in Schedule.options()}
+        config.accounts = {name: Account(name=name, **{**schedule, **account})
                            for name, account in accounts.items()}
         self.check_listeners(config, places)
         return config
@@ -519,12 +495,12 @@ class Parser:
         """Raise ConfigError if there is no account, or no listener for some account's redirect."""
         if not config.accounts:
             raise ConfigError('Must specify at least one account: account "NAME" { ... }')
-        if not config.http_listen and not config.https_listen:
+        if config.http_listen == config.https_listen == ():
             raise ConfigError("Cannot set both http_listen and https_listen to 'none':"
                               " the browser must reach one of them")
         for name, account in config.accounts.items():
-            scheme = split_uri(account.redirect_uri).scheme
-            if not getattr(config, f"{scheme}_listen"):
+            scheme = account.redirect_scheme
+            if not config.addresses(scheme):
                 raise self.error(places[name], f"Account {name} has an '{scheme}' redirect but the"
                                                f" {scheme.upper()} server is set to 'none':"
                                                f" change its redirect_uri or {scheme}_listen")
@@ -536,49 +512,49 @@ class Parser:
         self.take("{")
         values: dict[str, Any] = {}
         while self.lexeme.kind != "}":
-            self.option(self.ACCOUNT_OPTIONS, values)
+            self.option(self.account_options, values)
         self.take("}")
-        for option in MANDATORY:
-            if option not in values:
+        for name, option in self.account_options.items():
+            if option.default is MANDATORY and name not in values:
                 raise self.error(
-                    place, f"{option} not specified: this account needs {option} = \"...\";")
+                    place, f"{name} not specified: this account needs {name} = \"...\";")
         if "login_hint" in values and "login_hint" in dict(values.get("auth_uri_fields", ())):
             raise self.error(place, "Both login_hint and auth_uri_fields have a 'login_hint':"
                                     " keep the one in auth_uri_fields")
         return place, values
 
-    def option(self, readers: Mapping[str, Callable[[Parser], object]],
-               values: dict[str, Any]) -> None:
+    def option(self, options: Mapping[str, Option], values: dict[str, Any]) -> None:
         """option := NAME "=" value ";" """
-        name = self.take("word", "the name of an option"
-                         + (" or '}'" if readers is self.ACCOUNT_OPTIONS else ""))
-        if name.text not in readers:
-            raise self.error(name, self.unknown(name.text, readers))
+        inside = options is self.account_options
+        name = self.take("word", "the name of an option" + (" or '}'" if inside else ""))
+        if name.text not in options:
+            raise self.error(name, self.unknown(name.text, inside))
         if name.text in values:
             raise self.error(name, f"Mustn't specify '{name.text}' more than once")
         self.take("=")
-        values[name.text] = readers[name.text](self)
+        values[name.text] = getattr(self, options[name.text].read)()
         self.take(";")
 
-    def unknown(self, name: str, readers: Mapping[str, Callable[[Parser], object]]) -> str:
-        """What to say of a name that is no option here."""
+    def unknown(self, name: str, inside: bool) -> str:
+        """The message for a name that is no option here, inside or outside of an account."""
         if name in RENAMED:
             return f"Unknown option '{name}': {RENAMED[name]}"
-        if name in self.ACCOUNT_OPTIONS:
+        if name in self.account_options:
             return f"Option '{name}' belongs in an account: account \"NAME\" {{ {name} = ...; }}"
-        if name in self.GLOBAL_OPTIONS:
+        if name in self.global_options:
             return f"Option '{name}' is for all accounts: move it out of this account's braces"
-        block = self.lexeme.kind in ("string", "{")
-        known = ["account"] if block else [
-            *readers, *(() if readers is self.ACCOUNT_OPTIONS else ["account"])]
         import difflib
 
+        block = self.lexeme.kind in ("string", "{")
+        known = ["account"] if block or not inside else []
+        if not block:
+            known += self.account_options if inside else self.global_options
         near = difflib.get_close_matches(name[:64].lower(), known, 1, 0.6)
         hint = f": did you mean '{near[0]}'?" if near else f": they are {', '.join(sorted(known))}"
         return f"Unknown {'block' if block else 'option'} '{name[:64]}'{hint}"
 
     def string(self) -> str:
-        return unquoted(self.take("string", A_STRING))
+        return self.take("string", A_STRING).value()
 
     def time(self) -> int:
         """A TIME in seconds, which must fit into 64 bits."""
@@ -597,20 +573,20 @@ class Parser:
         """A STRING that is an HTTP or HTTPS URI."""
         lexeme = self.take("string", A_STRING)
         if "\n" in lexeme.text:
-            raise self.error(lexeme, f"{OVER_LINES}, which is no URI: is a double quote missing?")
+            raise self.error(lexeme, f"{OVER_LINES}, so it is no URI: is a double quote missing?")
         try:
-            normal_uri(unquoted(lexeme))
+            normal_uri(lexeme.value())
         except ValueError as error:
             raise self.error(lexeme, str(error)) from None
-        return unquoted(lexeme)
+        return lexeme.value()
 
-    def listen(self) -> tuple[tuple[str, int], ...]:
+    def listen(self) -> Addresses:
         """Where a listener listens: `none`, `off`, or a STRING `HOST:PORT`."""
         lexeme = self.lexeme
         if lexeme.text in ("none", "off"):
             self.take("word")
             return ()
-        address = unquoted(self.take("string", "\"HOST:PORT\" or none"))
+        address = self.take("string", '"HOST:PORT" or none').value()
         match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s\[\]:/\"]+)):([0-9]{1,5})", address)
         if match is None or int(match[3]) > 65535:
             raise self.error(lexeme, 'Not a listen address: write "HOST:PORT", the port 65535 at'
@@ -626,7 +602,7 @@ class Parser:
         return tuple(self.items("{}", self.pair, 'a map of strings, {"key": "value"},'))
 
     def items(self, brackets: str, item: Callable[[], Any], wanted: str) -> Iterator[Any]:
-        """What stands between brackets, separated by commas."""
+        """The items between a pair of brackets, separated by commas."""
         self.take(brackets[0], wanted)
         while self.lexeme.kind != brackets[1]:
             if self.last.kind != brackets[0]:
@@ -635,62 +611,26 @@ class Parser:
         self.take(brackets[1])
 
     def pair(self) -> tuple[str, str]:
-        """pair := STRING ":" STRING, and its key is none that we send ourselves"""
+        """pair := STRING ":" STRING; the key must be none that we send ourselves"""
         lexeme = self.take("string", A_STRING)
-        key = unquoted(lexeme)
+        key = lexeme.value()
         if key in RESERVED_FIELDS:
             raise self.error(lexeme, f"'{key}' is a reserved key: pizauth sends that field itself")
         self.take(":")
         return key, self.string()
 
-    GLOBAL_OPTIONS = {
-        "auth_notify_cmd": string,
-        "auth_notify_interval": time,
-        "error_notify_cmd": string,
-        "http_listen": listen,
-        "https_listen": listen,
-        "refresh_at_least": time,
-        "refresh_before_expiry": time,
-        "refresh_retry": time,
-        "startup_cmd": string,
-        "token_event_cmd": string,
-        "transient_error_if_cmd": string,
-    }
-    ACCOUNT_OPTIONS = {
-        "auth_uri": uri,
-        "auth_uri_fields": pairs,
-        "client_id": string,
-        "client_secret": string,
-        "login_hint": string,
-        "redirect_uri": uri,
-        "refresh_at_least": time,
-        "refresh_before_expiry": time,
-        "refresh_retry": time,
-        "scopes": strings,
-        "token_uri": uri,
-    }
-
-
-def unquoted(lexeme: Lexeme) -> str:
-    """What a STRING lexeme stands for."""
-    return re.sub(r'\\(["\\])', r"\1", lexeme.text[1:-1])
-
 
 # ---- OAuth 2.0 messages ----
-# One pure function a message. They are built and judged here, and sent elsewhere: only post_form
-# knows HTTP.
+# One pure function a message: built and judged here, sent by post_form alone.
 
-
+TOKEN_REQUEST_LIMIT = 30  # Seconds that one token request may take in all, look-ups included.
+RETRY_AFTER_LIMIT = 3600  # A Retry-After of more seconds is shortened to this.
+LIFE_LIMIT = 10 * 365 * 86400  # Tokens that live longer (in seconds) are not believed.
+ANSWER_LIMIT = 1 << 20  # Bytes of a token endpoint's answer.
+FORM_LIMIT = 64 << 10  # Bytes of an answer that is a form.
+FIELDS = 100  # Fields of a query or a form.
 PASSING_ERRORS = ("temporarily_unavailable", "server_error", "slow_down")
-
-
-class AuthorizationResponse(Record):
-    """What the authorization server sends back by way of the browser (RFC 6749 4.1.2, 4.1.2.1)."""
-
-    state: str | None
-    code: str | None
-    error: str | None
-    error_description: str | None
+SECRET_FIELDS = ("code", "code_verifier", "refresh_token", "client_secret", "access_token")
 
 
 class TokenResponse(Record):
@@ -701,27 +641,10 @@ class TokenResponse(Record):
     refresh_token: str | None
 
 
-def sha256(data: bytes) -> bytes:
-    """The digest by Python's own code where that was built, for hashlib loads libcrypto."""
-    for module in ("_sha2", "_sha256", "hashlib"):
-        try:
-            new = __import__(module).sha256
-            break
-        except ImportError:
-            pass  # this is of another version, or Python was built without
-    digest: bytes = new(data).digest()
-    return digest
-
-
-def base64url(data: bytes) -> str:
-    """The data in base64url without padding (RFC 7636 A)."""
-    text = binascii.b2a_base64(data, newline=False).decode()
-    return text.rstrip("=").replace("+", "-").replace("/", "_")
-
-
 def code_challenge(code_verifier: str) -> str:
     """The S256 challenge of a verifier (RFC 7636 4.2)."""
-    return base64url(sha256(code_verifier.encode()))
+    digest = hashlib.sha256(code_verifier.encode()).digest()
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
 def authorization_request(account: Account, state: str, code_verifier: str,
@@ -743,39 +666,32 @@ def authorization_request(account: Account, state: str, code_verifier: str,
     return uri + ("&" if "?" in uri else "?") + urllib.parse.urlencode(fields)
 
 
-def authorization_response(query: str) -> AuthorizationResponse:
-    """What a redirect's query says; a parameter given twice is a BadRequest (RFC 6749 3.1)."""
-    found: dict[str, str] = {}
+def authorization_response(query: str) -> Fields:
+    """The fields of a redirect's query (RFC 6749 4.1.2, 4.1.2.1). Raises BadRequest."""
     try:
-        fields = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=FIELDS)
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=FIELDS)
     except ValueError:
         raise BadRequest(400, "The address has too many fields.") from None
-    for name, value in fields:
-        if name in found and name in AuthorizationResponse.__annotations__:
+    names = [name for name, _ in pairs]
+    for name in ("state", "code", "error", "error_description"):
+        if names.count(name) > 1:  # RFC 6749 3.1
             raise BadRequest(400, f"The address has more than one '{name}'.")
-        found[name] = value
-    return AuthorizationResponse(*map(found.get, AuthorizationResponse.__annotations__))
+    return dict(pairs)
 
 
 def access_token_request(account: Account, code: str, code_verifier: str,
                          redirect_uri: str) -> Fields:
     """The form that exchanges a code for tokens (RFC 6749 4.1.3, RFC 7636 4.5)."""
     return with_client_secret(account, {
-        "code": code,
-        "client_id": account.client_id,
-        "code_verifier": code_verifier,
-        "redirect_uri": redirect_uri,
-        "grant_type": "authorization_code",
-    })
+        "code": code, "client_id": account.client_id, "code_verifier": code_verifier,
+        "redirect_uri": redirect_uri, "grant_type": "authorization_code"})
 
 
 def refresh_request(account: Account, refresh_token: str) -> Fields:
     """The form that asks for a new access token (RFC 6749 6)."""
     return with_client_secret(account, {
-        "client_id": account.client_id,
-        "refresh_token": refresh_token,
-        "grant_type": "refresh_token",
-    })
+        "client_id": account.client_id, "refresh_token": refresh_token,
+        "grant_type": "refresh_token"})
 
 
 def with_client_secret(account: Account, form: Fields) -> Fields:
@@ -785,64 +701,59 @@ def with_client_secret(account: Account, form: Fields) -> Fields:
 
 
 def without_secrets(text: str, form: Fields) -> str:
-    """A provider's message without control characters and the form's secrets, which it may echo,
-    as they are or escaped for a URL or a page."""
-    escapes = (str, printable, html_text, urllib.parse.quote, urllib.parse.quote_plus,
-               partial(urllib.parse.quote, safe=""),
-               lambda text: html_text(text).replace("&#39;", "'"))
-    fields = ("code", "code_verifier", "refresh_token", "client_secret", "access_token")
-    sent = {escape(form.get(field, "")) for escape in escapes for field in fields} - {""}
+    """A provider's message, printable, without the form's secrets, which it may repeat escaped."""
+    escapes = (str, printable, html.escape, partial(html.escape, quote=False), urllib.parse.quote,
+               urllib.parse.quote_plus, partial(urllib.parse.quote, safe=""))
+    sent = {escape(form.get(field, "")) for escape in escapes for field in SECRET_FIELDS} - {""}
     longest_first = "|".join(map(re.escape, sorted(sent, key=len, reverse=True)))
-    text = text.replace("&#x27;", "&#39;")
+    text = text.replace("&#39;", "&#x27;")  # html.escape() writes the latter
     for clean in (str, printable):
         text = re.sub(longest_first, "...", clean(text), flags=re.IGNORECASE) if sent else text
     return printable(text)
 
 
 def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes) -> bytes:
-    """What a child reports of a token request: status 0 means no answer, and the body says why.
-
-    `whole`: the server told where its body ends (so that a body cut short cannot pass for it).
-    """
+    """A child's report of a token request. Status 0: no answer, and the body says why. `whole`: the
+    server told the length of the body, so a body cut short would have been noticed."""
     return f"{status} {retry_after} {whole:d}\n".encode() + body
 
 
 def token_response(outcome: bytes, form: Fields) -> TokenResponse:
-    """Judge a token request's outcome. Raises TransientError or PermanentError, fit to be shown."""
+    """Judge an outcome. Raises TransientError or PermanentError, without secrets of the form."""
     head, _, body = outcome.partition(b"\n")
     status, delay, whole = (float(word) for word in head.split())
     delay = min(delay, RETRY_AFTER_LIMIT)
     if not status:
         raise TransientError(without_secrets(body.decode("utf-8", "replace"), form), outage=True)
     answer = json_object(body)
-    error = answer.get("error")
-    words = [word[:REQUEST_LIMIT] for word in (error, answer.get("error_description"))
-             if isinstance(word, str)]
-    message = f"HTTP {status:.0f}" + "".join(f": {without_secrets(w, form)}" for w in words if w)
+    error, *more = (word[:CHUNK] if isinstance(word, str) else ""
+                    for word in (answer.get("error"), answer.get("error_description")))
+    words = [without_secrets(word, form) for word in (error, *more) if word]
+    message = ": ".join([f"HTTP {status:.0f}", *words])
     if status in (408, 425, 429) or status >= 500:
-        raise TransientError(message, True, delay)
+        raise TransientError(message, error, outage=True, retry_after=delay)
     if 200 <= status < 300:
         good = good_answer(answer or form_fields(body, bool(whole)))
         if good is not None:
             return good
-    if isinstance(error, str) and re.fullmatch(r"[!-~]+", error) and error not in PASSING_ERRORS:
-        raise PermanentError(message)
+    if re.fullmatch(r"[!-~]+", error) and error not in PASSING_ERRORS:
+        raise PermanentError(message, error)
     guess = "is token_uri right?" if status >= 400 else "is it a login page of the network?"
-    raise TransientError(message if words else f"{message}, but no OAuth answer: {guess}",
+    raise TransientError(message if words else f"{message}, but no OAuth answer: {guess}", error,
                          retry_after=delay)
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body, or {}. Numbers are floats: a million digits cost nothing then."""
-    try:
+    """The JSON object in a body, or {}. Numbers become floats: a million digits are fast then."""
+    with suppress(ValueError, RecursionError):
         value = json.loads(body, parse_int=float)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        if isinstance(value, dict):
+            return value
+    return {}
 
 
 def form_fields(body: bytes, whole: bool) -> dict[str, Any]:
-    """The fields of a form, as some providers answer, if the body is surely whole; or {}."""
+    """The fields of a form, as some providers answer, if the body is surely whole; else {}."""
     text = body.decode("ascii", "replace").strip() if whole and len(body) <= FORM_LIMIT else ""
     if not re.fullmatch(r"[!-~]+", text) or text.count("&") >= FIELDS:
         return {}
@@ -853,57 +764,34 @@ def good_answer(answer: dict[str, Any]) -> TokenResponse | None:
     """The tokens in an answer (RFC 6749 5.1), read with tolerance; None if it is no good."""
     access_token, refresh_token = answer.get("access_token"), answer.get("refresh_token")
     token_type = answer.get("token_type")
-    if not (isinstance(access_token, str) and re.fullmatch(r"[!-~]+", access_token)):
-        return None
-    if not (refresh_token is None
-            or isinstance(refresh_token, str) and re.fullmatch(r"[!-~]*", refresh_token)):
-        return None
-    if not (token_type is None or isinstance(token_type, str) and token_type.lower() == "bearer"):
-        return None
-    expires_in = sensible_life(answer.get("expires_in"))
-    return TokenResponse(access_token, expires_in, refresh_token or None)
+    good = (isinstance(access_token, str) and re.fullmatch(r"[!-~]+", access_token)
+            and (refresh_token is None
+                 or isinstance(refresh_token, str) and re.fullmatch(r"[!-~]*", refresh_token))
+            and (token_type is None or str(token_type).lower() == "bearer"))
+    life = sensible_life(answer.get("expires_in"))
+    return TokenResponse(access_token=str(access_token), expires_in=life,
+                         refresh_token=refresh_token or None) if good else None
 
 
 def sensible_life(expires_in: object) -> float | None:
-    """A token's life in seconds, given as number or text; None for what makes no sense."""
-    if not isinstance(expires_in, (str, float)):  # JSON's numbers are floats here
-        return None
-    try:
-        seconds = float(expires_in)
-    except ValueError:
-        return None
-    return seconds if 0 < seconds <= LIFE_LIMIT else None
+    """A token's life in seconds, given as number or text; None if it makes no sense."""
+    with suppress(ValueError):
+        seconds = float(expires_in) if isinstance(expires_in, (str, float)) else 0
+        if 0 < seconds <= LIFE_LIMIT:
+            return seconds
+    return None
 
 
 # ---- Wire formats ----
-# Bytes in; a value, None (more is needed), or an exception out. Pages are bytes out.
+# A reader of requests takes all bytes that have come so far. It returns the request, or None if
+# more must come, or raises the error to answer with. Pages are bytes out.
+
+REQUEST_LIMIT = 64 << 10  # Bytes of a control request.
+RESTORE_LIMIT = 16 << 20  # Bytes of one that brings a dump.
+HEAD_LIMIT = 64 << 10  # Bytes of an HTTP head: browsers send the cookies of all localhost.
 
 
-class Received(bytearray):
-    """What a peer has sent so far; no end of a head starts before `searched`, so that one which
-    comes a byte at a time is not searched anew each time."""
-
-    searched = 0
-
-
-class Head(Record):
-    """What matters in an HTTP request's head: its target, which starts with `/`, and its Host."""
-
-    target: str
-    host: str
-
-
-STATUS_TEXTS = {
-    200: "OK",
-    400: "Bad Request",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    413: "Content Too Large",
-    431: "Request Header Fields Too Large",
-}
-
-
-def until_eof(buffer: Received, eof: bool) -> bytes | None:
+def until_eof(buffer: bytearray, eof: bool) -> bytes | None:
     """A control request: all until end of file. Raises RequestError as soon as it is too long."""
     limit = RESTORE_LIMIT if buffer.startswith(b"restore:") else REQUEST_LIMIT
     if len(buffer) > limit:
@@ -911,14 +799,12 @@ def until_eof(buffer: Received, eof: bool) -> bytes | None:
     return bytes(buffer) if eof else None
 
 
-def http_head(buffer: Received, eof: bool) -> Head | None:
-    """The head of a GET (RFC 9112). Raises BadRequest as soon as it is clear that it is none."""
+def http_head(buffer: bytearray, eof: bool) -> tuple[str, str] | None:
+    """Target and Host of a GET (RFC 9112). Raises BadRequest as soon as it is clearly none."""
     line_end = buffer.find(b"\n")
     line = bytes(buffer[: line_end if line_end >= 0 else 32])
-    if line_end < 0 or line_end >= buffer.searched:
-        check_request_line(line, line_end >= 0)
-    blank_line = re.compile(rb"\n\r?\n").search(buffer, max(0, buffer.searched - 2))
-    buffer.searched = len(buffer)
+    check_request_line(line, line_end >= 0)
+    blank_line = re.search(rb"\n\r?\n", buffer)
     end = len(buffer) if blank_line is None else blank_line.start()
     if end > HEAD_LIMIT:
         raise BadRequest(431, f"The request is longer than {HEAD_LIMIT >> 10} KiB.")
@@ -926,11 +812,11 @@ def http_head(buffer: Received, eof: bool) -> Head | None:
         if eof and buffer:
             raise BadRequest(400, "The request ended too soon.")
         return None
-    return Head(line.split(b" ")[1].decode(), host_header(bytes(buffer[line_end + 1 : end])))
+    return line.split(b" ")[1].decode(), host_header(bytes(buffer[line_end + 1 : end]))
 
 
 def check_request_line(line: bytes, whole: bool) -> None:
-    """Raise BadRequest if a request line, or the start of one, is no GET with a target of ours."""
+    """Raise BadRequest if a request line, or the start of one, is not a GET of a path."""
     method, space, rest = line.partition(b" ")
     if (not re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{0,16}", method)
             or (space or whole) and not method):
@@ -944,10 +830,8 @@ def check_request_line(line: bytes, whole: bool) -> None:
 
 
 def host_header(headers: bytes) -> str:
-    """The one Host among the header lines. Raises BadRequest, also for a body announced."""
+    """The one Host among the header lines. Raises BadRequest, also if a body is announced."""
     hosts = []
-    if headers.count(b"\n") >= FIELDS:
-        raise BadRequest(431, "The request has too many header lines.")
     for line in headers.split(b"\n") if headers else ():
         match = re.fullmatch(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r?", line)
         if match is None:
@@ -962,11 +846,11 @@ def host_header(headers: bytes) -> str:
     return hosts[0]
 
 
-def redirect_matches(redirect_uri: str, scheme: str, head: Head) -> bool:
-    """Does a request arrive at this redirect URI? It may carry more query pairs, but none less."""
+def redirect_matches(redirect_uri: str, scheme: str, host: str, target: str) -> bool:
+    """Whether a request is for this redirect URI; it may have more query pairs, but not fewer."""
     expected = urllib.parse.urlsplit(redirect_uri)
-    path, _, query = head.target.partition("?")
-    host = head.host.lower().removesuffix(":80" if scheme == "http" else ":443")
+    path, _, query = target.partition("?")
+    host = host.lower().removesuffix(":80" if scheme == "http" else ":443")
     given = urllib.parse.parse_qsl(query, keep_blank_values=True)
     wanted = urllib.parse.parse_qsl(expected.query, keep_blank_values=True)
     return (
@@ -976,7 +860,7 @@ def redirect_matches(redirect_uri: str, scheme: str, head: Head) -> bool:
 
 
 def page(status: int, text: str) -> bytes:
-    """A whole HTTP response with a text for a person, in which all from outside is escaped."""
+    """A whole HTTP response with a text for a person, in which everything is escaped."""
     style = ("body{font:1.1em/1.5 sans-serif;max-width:36em;margin:15vh auto;padding:0 1em;"
              "overflow-wrap:anywhere}")
     body = (
@@ -984,11 +868,11 @@ def page(status: int, text: str) -> bytes:
         '<meta name="color-scheme" content="light dark">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>pizauth</title><style>{style}</style>"
-        f"<h1>pizauth</h1><p>{html_text(printable(text))}</p></html>\n"
+        f"<h1>pizauth</h1><p>{html.escape(printable(text))}</p></html>\n"
     ).encode()
-    digest = binascii.b2a_base64(sha256(style.encode()), newline=False).decode()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     headers = [
-        f"HTTP/1.1 {status} {STATUS_TEXTS[status]}",
+        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
         "Content-Type: text/html; charset=utf-8",
         f"Content-Length: {len(body)}",
         "Connection: close",
@@ -1003,25 +887,27 @@ def page(status: int, text: str) -> bytes:
 
 
 def refusal(error: PizauthError) -> bytes:
-    """What a refused peer reads: a browser a page, a control client `error:` and a sentence."""
+    """The reply to a refused peer: a page for a browser, `error:` and a sentence for a client."""
     if isinstance(error, BadRequest):
         return page(error.status, str(error))
     return f"error:{error}".encode("utf-8", "replace")
 
 
 # ---- Time and token states ----
-# Records that Authenticator replaces when their meaning changes; the fields with a default are its
-# bookkeeping. Moments are by the clock that counts suspend. Empty is None.
+# Authenticator replaces a token's record when its meaning changes; fields with a default are its
+# bookkeeping. Moments are by the clock that counts suspension. A record knows its appointments:
+# when something is due, and its name (in Authenticator._ACTS).
+
+REFRESH_GAP = 1  # Seconds between the starts of two refreshes of one account, whoever asks.
+LEAST_AGE = 10  # A token is not refreshed younger than this, or half its life if that is less.
 
 
 class Clock:
-    """The time, by a clock that counts suspension and by the wall's. Tests have their own."""
+    """The time, by a clock that counts suspension and by the wall clock. Tests have their own."""
 
-    now: Callable[[], float]  # gives seconds since some moment, which nobody sets back
-
-    def __init__(self) -> None:
-        boottime = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-        self.now = partial(time.clock_gettime, boottime)
+    def now(self) -> float:
+        """Seconds since some moment; nobody sets this clock back."""
+        return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
     def wall(self) -> float:
         """Seconds since the epoch, as far as the machine knows."""
@@ -1034,37 +920,69 @@ class Clock:
 
 
 class Pending(Record):
-    """An authorization request is out; while `form` is set, its code is being exchanged."""
+    """A login has begun: the person must visit the URL."""
+
+    url: str
+    remind_at: float
+    notified_at: float | None = None
+    notifying: bool = False  # while auth_notify_cmd runs
+    cancel: Cancel | None = None  # set while a token request runs
+
+    def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
+        """What is due for every kind of login."""
+        yield self.remind_at, "remind"
+
+    def reply(self, with_url: bool) -> bytes:
+        """The reply to a control client that wants a token."""
+        return b"pending:" + (self.url.encode() if with_url else b"")
+
+    def status(self, clock: Clock) -> str:
+        """The state as `status` prints it."""
+        notified = ("" if self.notified_at is None
+                    else f" (last notification {clock.date(self.notified_at)})")
+        return f"Access token pending authentication{notified}"
+
+
+class RedirectLogin(Pending):
+    """A login that ends with a redirect of the browser to our listener (RFC 6749 4.1)."""
 
     state: str
     code_verifier: str
     redirect_uri: str
-    url: str
-    remind_at: float
-    notified_at: float | None = None
-    form: Fields | None = None
+    form: Fields | None = None  # once there is a code: the form that exchanges it
     tries: int = 0
-    retry_at: float | None = None
-    cancel: Cancel | None = None  # set while a token request runs
-    browsers: tuple[tuple[float, Answer], ...] = ()  # who waits for the outcome, and until when
+    retry_at: float | None = None  # when an exchange that failed is tried again
+
+    def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
+        yield from super().appointments(account)
+        if self.retry_at is not None:
+            yield self.retry_at, "exchange"
 
 
 class Active(Record):
-    """There is an access token; it may have expired, and may come with a refresh token or not."""
+    """There is an access token. It may have expired, and may have no refresh token."""
 
     access_token: str
     obtained_at: float
     expires_at: float
     refresh_token: str | None
-    wanted: bool = False  # did somebody ask for a refresh that could not start at once?
-    cancel: Cancel | None = None  # set while a refresh runs
+    not_before: float = 0  # when the next refresh may start, whoever asks for it
+    wanted: bool = False  # a refresh was asked for that could not start at once
+    cancel: Cancel | None = None  # set while a refresh runs, or transient_error_if_cmd
     attempted_at: float | None = None
     failed_at: float | None = None
     failures: int = 0  # in a row
     retry_after: float = 0
 
+    def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
+        """Its end if it cannot be refreshed, or its next refresh if none runs."""
+        if self.refresh_token is None:
+            yield self.expires_at, "expire"
+        elif self.cancel is None:
+            yield max(self.not_before, self.refresh_due(account)), "refresh"
+
     def refresh_due(self, account: Account) -> float:
-        """When the next refresh starts, if none runs (by the schedule in pizauth.conf(5))."""
+        """When the next refresh starts if none runs (pizauth.conf(5) tells the schedule)."""
         if self.wanted:
             return 0
         if self.failed_at is not None:
@@ -1074,67 +992,45 @@ class Active(Record):
         return max(min(due, self.obtained_at + account.refresh_at_least),
                    self.obtained_at + REFRESH_GAP)
 
+    def status(self, clock: Clock) -> str:
+        """The state as `status` prints it."""
+        if clock.now() < self.expires_at:
+            return (f"Active access token (obtained {clock.date(self.obtained_at)};"
+                    f" expires {clock.date(self.expires_at)})")
+        if self.attempted_at is None:
+            return "Access token expired (refresh not yet attempted)"
+        return f"Access token expired (last refresh attempt {clock.date(self.attempted_at)})"
+
 
 # ---- Dump ----
-# A dump is version 1 of pizauth's own format, so that it restores there, and one made there here:
-# a nonce, then the states, little-endian, sealed with ChaCha20-Poly1305 (RFC 8439). Bytes that are
-# no dump are a RequestError, before anything is allocated that they do not warrant.
+# Version 1 of pizauth's own format, so that each program restores the other's dumps: a nonce, then
+# the states, little-endian, encrypted with ChaCha20-Poly1305 (RFC 8439). After the last account,
+# where the original does not look, stand the options that only we have.
 
 DUMP_VERSION = 1
 DUMP_KEY = bytes.fromhex("66a247a85e48cfecaaed9b36eba97d5350d4286375097a44eeffb9c4546b65a3")
-# No secret: sealed, a dump's tokens are not found by grep and strings, and that is all.
+# The key is not secret: it only keeps grep and strings from finding tokens.
+LAYOUTS = ("string", "optional", "strings", "pairs")  # of options in the original's dumps
 
 
-class Dumped(Record):
-    """A token in a dump. Moments are in seconds after the epoch."""
-
-    access_token: str
-    obtained: float
-    expires: float
-    refresh_token: str | None
-
-
-def dump_number(value: int, size: int = 8) -> bytes:
-    return value.to_bytes(size, "little")
-
-
-def dump_string(text: str) -> bytes:
-    return dump_number(len(text.encode())) + text.encode()
-
-
-def dump_optional(text: str | None) -> bytes:
-    return b"\0" if text is None else b"\1" + dump_string(text)
-
-
-def dump_list(items: tuple[Any, ...]) -> bytes:
-    """A list of strings, or of tuples of strings."""
-    flat = [text for item in items for text in ((item,) if isinstance(item, str) else item)]
-    return dump_number(len(items)) + b"".join(map(dump_string, flat))
-
-
-def dump_time(moment: float) -> bytes:
-    seconds, nanoseconds = divmod(max(0, round(moment * 1e9)), 10**9)
-    return dump_number(seconds) + dump_number(nanoseconds, 4)
-
-
-def dump_bytes(accounts: list[tuple[Account, Dumped | None]]) -> bytes:
-    """The plaintext of a dump: accounts and their states."""
-    parts = [dump_number(DUMP_VERSION), dump_number(len(accounts))]
-    for account, token in accounts:
-        parts.append(dump_string(account.name))
-        for field, value in account.security().items():
-            form = account.__annotations__[field]
-            writer = {"str": dump_string, "str | None": dump_optional}.get(form, dump_list)
-            parts.append(writer(value))
-        parts.append(dump_number(token is not None, 4))
-        if token is not None:
-            parts += [dump_string(token.access_token), dump_time(token.obtained),
-                      dump_time(token.expires), dump_optional(token.refresh_token)]
-    return b"".join(parts)
+def encoded(layout: str, value: Any) -> bytes:
+    """A value in a layout of the dump: u32, u64, string, time, or one of LAYOUTS."""
+    if layout in ("u32", "u64"):
+        return int(value).to_bytes(4 if layout == "u32" else 8, "little")
+    if layout == "string":
+        text: bytes = value.encode()
+        return encoded("u64", len(text)) + text
+    if layout == "time":
+        seconds, nanoseconds = divmod(max(0, round(value * 1e9)), 10**9)
+        return encoded("u64", seconds) + encoded("u32", nanoseconds)
+    if layout == "optional":
+        return b"\0" if value is None else b"\1" + encoded("string", value)
+    texts = value if layout == "strings" else [text for pair in value for text in pair]
+    return encoded("u64", len(value)) + b"".join(encoded("string", text) for text in texts)
 
 
 class DumpReader:
-    """Takes the plaintext of a dump apart, from its start."""
+    """Reads the plaintext of a dump from its start. Raises RequestError if it makes no sense."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
@@ -1145,54 +1041,86 @@ class DumpReader:
         self.at += size
         return self.data[self.at - size : self.at]
 
-    def number(self, size: int = 8) -> int:
-        return int.from_bytes(self.take(size), "little")
-
-    def string(self) -> str:
-        try:
-            return self.take(self.number()).decode()
-        except UnicodeDecodeError:
-            raise RequestError("This dump holds text that is not UTF-8") from None
+    def read(self, layout: str) -> Any:
+        """The next value, in a layout of encoded()."""
+        if layout in ("u32", "u64"):
+            return int.from_bytes(self.take(4 if layout == "u32" else 8), "little")
+        if layout == "string":
+            try:
+                return self.take(self.read("u64")).decode()
+            except UnicodeDecodeError:
+                raise RequestError("This dump holds text that is not UTF-8") from None
+        if layout == "time":
+            return self.read("u64") + self.read("u32") / 1e9
+        if layout == "optional":
+            return self.read("string") if self.choice(1) else None
+        items = range(self.read("u64"))
+        if layout == "strings":
+            return tuple(self.read("string") for _ in items)
+        return tuple((self.read("string"), self.read("string")) for _ in items)
 
     def choice(self, size: int) -> bool:
-        """Is there a value, or not?"""
-        number = self.number(size)
+        """A number that is 0 or 1."""
+        number = int.from_bytes(self.take(size), "little")
         if number > 1:
             raise RequestError("This dump is of a kind that this version does not know")
         return number == 1
 
-    def optional(self) -> str | None:
-        return self.string() if self.choice(1) else None
-
-    def time(self) -> float:
-        return self.number() + self.number(4) / 1e9
-
-    def field(self, form: str) -> object:
-        """A field of Account, whose form its annotation tells."""
-        if form == "str":
-            return self.string()
-        if form == "str | None":
-            return self.optional()
-        if form == "tuple[str, ...]":
-            return tuple(self.string() for _ in range(self.number()))
-        return tuple((self.string(), self.string()) for _ in range(self.number()))
-
-    def state(self) -> Dumped | None:
+    def state(self) -> Active | None:
+        """A token whose moments are in seconds after the epoch."""
         if not self.choice(4):
             return None
-        return Dumped(self.string(), self.time(), self.time(), self.optional())
+        return Active(access_token=self.read("string"), obtained_at=self.read("time"),
+                      expires_at=self.read("time"), refresh_token=self.read("optional"))
 
 
-def read_dump(plaintext: bytes) -> Iterator[tuple[str, dict[str, Any], Dumped | None]]:
-    """Name, security-relevant options and state of each account, one at a time: all at once would
-    leave a server that restores 1,000 with 2 MiB of holes. What follows them is not for us."""
+def dumped_options(account: Account) -> tuple[dict[str, Any], dict[str, str]]:
+    """The options that tokens depend on: the original's, and as JSON those of ours that are set."""
+    options = {name: option for name, option in account.options().items() if option.dump}
+    values = {name: getattr(account, name) for name in options}
+    return ({name: values[name] for name, option in options.items() if option.dump in LAYOUTS},
+            {name: json.dumps(values[name]) for name, option in options.items()
+             if option.dump not in LAYOUTS and values[name] != option.default})
+
+
+def dump_bytes(accounts: list[tuple[Account, Token | None]], epoch: float) -> bytes:
+    """The plaintext of a dump: accounts and their states, then the extensions. `epoch` is added to
+    moments. An extension is the names of an account and an option, and its value as JSON."""
+    layouts = {name: option.dump for name, option in Account.options().items()}
+    parts, extensions = [encoded("u64", DUMP_VERSION), encoded("u64", len(accounts))], []
+    for account, token in accounts:
+        options, more = dumped_options(account)
+        parts.append(encoded("string", account.name))
+        parts += [encoded(layouts[name], value) for name, value in options.items()]
+        parts.append(encoded("u32", isinstance(token, Active)))
+        if isinstance(token, Active):
+            parts += [encoded("string", token.access_token),
+                      encoded("time", token.obtained_at + epoch),
+                      encoded("time", token.expires_at + epoch),
+                      encoded("optional", token.refresh_token)]
+        extensions += [encoded("string", text) for option in more.items()
+                       for text in (account.name, *option)]
+    return b"".join([*parts, encoded("u64", len(extensions) // 3), *extensions])
+
+
+def read_dump(plaintext: bytes) -> dict[str, tuple[Any, Active | None]]:
+    """The accounts in a dump: their dumped_options() and states. Raises RequestError."""
     reader = DumpReader(plaintext)
-    if reader.number() != DUMP_VERSION:
+    accounts: dict[str, tuple[Any, Active | None]] = {}
+    extensions: dict[str, Fields] = {}
+    if reader.read("u64") != DUMP_VERSION:
         raise RequestError("This dump is of a version that is not known here")
-    forms = {field: Account.__annotations__[field] for field in Account.security_fields()}
-    for _ in range(reader.number()):
-        name = reader.string()
-        yield name, {field: reader.field(forms[field]) for field in forms}, reader.state()
+    for _ in range(reader.read("u64")):
+        name = reader.read("string")
+        options = {option: reader.read(one.dump) for option, one in Account.options().items()
+                   if one.dump in LAYOUTS}
+        extensions[name] = {}
+        accounts[name] = (options, extensions[name]), reader.state()
+    for _ in range(reader.read("u64") if reader.at < len(plaintext) else 0):  # 0: the original's
+        name, option, value = reader.read("string"), reader.read("string"), reader.read("string")
+        if name in extensions:
+            extensions[name][option] = value
+    return accounts
 
 
 def chacha20(key: bytes, counter: int, nonce: bytes, data: bytes) -> bytes:
@@ -1202,16 +1130,16 @@ def chacha20(key: bytes, counter: int, nonce: bytes, data: bytes) -> bytes:
 
 
 def chacha20_slice(key: bytes, counter: int, nonce: bytes, data: bytes) -> bytes:
-    """A piece of that: all blocks at once.
+    """A slice of that, all its blocks at once.
 
-    Each word of the state is one big integer with a 64-bit lane a block, whose
-    upper half takes carries and rotations until the mask clears it. 17 times as fast as block by
+    Each word of the state is one big integer with a 64-bit lane for each block; the upper half of a
+    lane takes carries and rotations until the mask clears it. This is 17 times as fast as block by
     block, so that a dump of 100 accounts can be made in the loop.
     """
     blocks = -(-len(data) // 64)
     ones = int.from_bytes((b"\1" + bytes(7)) * blocks, "little")
     mask = ones * 0xFFFFFFFF
-    counters = b"".join(dump_number(counter + block) for block in range(blocks))
+    counters = b"".join(encoded("u64", counter + block) for block in range(blocks))
     setup = b"expand 32-byte k" + key + bytes(4) + nonce
     words = [int.from_bytes(setup[at : at + 4], "little") * ones for at in range(0, 64, 4)]
     words[12] = int.from_bytes(counters, "little")
@@ -1241,78 +1169,91 @@ def poly1305(key: bytes, data: bytes) -> bytes:
 
 
 def aead_tag(nonce: bytes, ciphertext: bytes) -> bytes:
-    """The tag that seals a ciphertext without associated data (RFC 8439 2.8)."""
-    message = ciphertext + bytes(-len(ciphertext) % 16) + bytes(8) + dump_number(len(ciphertext))
+    """The tag of a ciphertext without associated data (RFC 8439 2.8)."""
+    message = ciphertext + bytes(-len(ciphertext) % 16) + bytes(8) + encoded("u64", len(ciphertext))
     return poly1305(chacha20(DUMP_KEY, 0, nonce, bytes(32)), message)
 
 
-def seal(nonce: bytes, plaintext: bytes) -> bytes:
+def encrypt_dump(nonce: bytes, plaintext: bytes) -> bytes:
     """A dump of these bytes; the nonce is 12 bytes, random."""
     ciphertext = chacha20(DUMP_KEY, 1, nonce, plaintext)
     return nonce + ciphertext + aead_tag(nonce, ciphertext)
 
 
-def check_seal(dump: bytes) -> None:
-    """Raise RequestError if these bytes were not sealed so. (The key is no secret: plain `!=`.)"""
+def check_dump(dump: bytes) -> None:
+    """Raise RequestError unless this is a whole, unchanged dump."""
     if len(dump) < 28 or aead_tag(dump[:12], dump[12:-16]) != dump[-16:]:
         raise RequestError("This is no dump of pizauth's, or it was changed or cut short")
 
 
-def unseal(dump: bytes) -> bytes:
-    """What was sealed. Raises RequestError if these bytes were not sealed so."""
-    check_seal(dump)
+def decrypt_dump(dump: bytes) -> bytes:
+    """The plaintext of a dump. Raises RequestError."""
+    check_dump(dump)
     return chacha20(DUMP_KEY, 1, dump[:12], dump[12:-16])
 
 
 # ---- Authenticator ----
 # All state and every transition. It has no socket, process or clock of its own: time, token
-# requests, commands and the log are given to it. What it hears comes through control(),
-# redirected(), run_due(), hang_up(), reconfigure() and the outcomes of what it asked for.
+# requests, commands and the log are given to it.
 
-
+CODE_TRIES = 10  # How often a code exchange is tried in all.
+CODE_RETRY_INTERVAL = 6  # Seconds between two of these tries.
+BROWSER_PATIENCE = 10  # Seconds that a browser is kept waiting for the outcome of its login.
+REMINDER_GAP = 1  # Seconds between two reminders, even if auth_notify_interval is less.
+HOOK_LIMIT = 60  # Seconds that error_notify_cmd and token_event_cmd may run.
+VERDICT_LIMIT = 180  # Seconds that transient_error_if_cmd may run.
+VERDICT_FAILURES = 6  # After every so many failures in a row transient_error_if_cmd is asked.
+KEEPS_LOGIN = (0, 126, 127)  # Exit statuses of it: yes, or the shell could not start it.
 SUPERSEDED = "This authorization request is void: there is a newer one, or the account has changed."
-# What transient_error_if_cmd may end with that does not end the login: yes, go on; the shell could
-# not start it; or somebody stopped it together with us (SIGHUP, SIGINT, SIGTERM).
-NO_VERDICT = (0, 126, 127, -1, -2, -15)
-NO_REFRESH_TOKEN = (
-    "the provider gave no refresh token, so this account must be authorised again when its access"
-    " token expires; what usually helps is the scope offline_access, or prompt=consent in"
-    " auth_uri_fields (beside access_type=offline, which is always sent)"
-)
+NO_REFRESH_TOKEN = ("the provider gave no refresh token, so this account must be authorised again"
+                    " when its access token expires; what usually helps is the scope offline_access"
+                    " or prompt=consent in auth_uri_fields (access_type=offline is always sent)")
+
+
+class Waiter(Record):
+    """A peer that is kept waiting until its account's login has an outcome."""
+
+    account: str
+    tell: Callable[[str], None]  # takes a sentence for the person
+    until: float  # when it is told `late` instead
+    late: str
 
 
 class Authenticator:
-    """The accounts' tokens and what may be done with them.
+    """The accounts' tokens, and what may be done with them.
 
-    `post(uri, form, urgent, then)` starts a token request, calls `then(outcome)` on a later pass,
-    and returns a Cancel; so does `run(command, environment, limit, then)` for a command, whose
-    `then` is an Ended. One without a limit (FOR_EVER) is cancelled without its children.
+    `post(kind, uri, form, then)` starts a token request ("code" or "refresh"); it returns a Cancel,
+    and calls then(outcome) on a later pass. `run(command, environment, limit, then)` does the same
+    for a shell command; its `then` is an Ended.
     """
 
     def __init__(self, config: Config, clock: Clock,
-                 post: Callable[[str, Fields, bool, Callable[[bytes], None]], Cancel],
+                 post: Callable[[str, str, Fields, Callable[[bytes], None]], Cancel],
                  run: Callable[[str, Fields, float, Ended], Cancel],
                  log: Callable[[int, str], None]) -> None:
         self.config = config
         self.ports: dict[str, int | None] = {"http": None, "https": None}  # of redirect listeners
-        self.about_https: Fields = {}  # what else `info` tells of the HTTPS listener
-        self.reload: Callable[[], None] = lambda: None  # rereads the file; raises PizauthError
+        self.about_https: Fields = {}  # what `info` adds about the HTTPS listener
+        self.reload: Callable[[Reloaded], None]  # given by the server
         self.stopping = False
         self._clock, self._post, self._run, self._log = clock, post, run, log
-        self._tokens: dict[str, Pending | Active | None] = dict.fromkeys(config.accounts)
-        self._states: dict[str, str] = {}  # which account's Pending has this `state`
+        self._tokens: dict[str, Token | None] = dict.fromkeys(config.accounts)
+        self._states: dict[str, str] = {}  # `state` of each RedirectLogin -> its account's name
+        self._waiters: list[Waiter] = []
         self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
-        self._not_before: dict[str, float] = {}  # an account's next refresh, whoever asks for it
-        self._events: list[tuple[str, str]] = []  # to be told; the first is being told
-        self._notifiers: dict[str, Cancel] = {}  # each account's last auth_notify_cmd
-        self._deadline: float | None = None  # None if not known
+        self._not_before: dict[str, float] = {}  # when an account's next refresh may start
+        self._events: list[tuple[str, str]] = []  # the first is being told, the others will be
+        self._deadline: float | None = None  # None: not known
 
     # What is due, and when.
 
     def deadline(self) -> float:
         """The moment at which run_due() next has something to do; FOR_EVER if never."""
+        if self.stopping:
+            return FOR_EVER
         if self._deadline is None:
-            self._deadline = min((moment for moment, *_ in self._appointments()), default=FOR_EVER)
+            self._deadline = min((*(moment for moment, *_ in self._appointments()),
+                                  *(waiter.until for waiter in self._waiters)), default=FOR_EVER)
         return self._deadline
 
     def run_due(self) -> None:
@@ -1321,97 +1262,92 @@ class Authenticator:
         if self.deadline() > now:
             return
         for moment, act, name, token in list(self._appointments()):
-            if moment <= now:  # no act replaces a token that has another appointment
-                act(name, token)
+            if moment <= now and self._tokens.get(name) is token:
+                self._ACTS[act](self, name, token)
+        for waiter in [waiter for waiter in self._waiters if waiter.until <= now]:
+            self._waiters.remove(waiter)
+            waiter.tell(waiter.late)
         self._rescheduled()
 
-    def _appointments(self) -> Iterator[tuple[float, Callable[..., None], str, Any]]:
-        """All that is scheduled: when, what, and for which token."""
+    def _appointments(self) -> Iterator[tuple[float, str, str, Token]]:
+        """All that the tokens have scheduled: when, what, and for which."""
         for name, token in self._tokens.items():
-            if isinstance(token, Pending):
-                yield token.remind_at, self._remind, name, token
-                if token.retry_at is not None:
-                    yield token.retry_at, self._exchange, name, token
-                if token.browsers:
-                    yield token.browsers[0][0], self._let_browsers_go, name, token
-            elif isinstance(token, Active) and token.refresh_token is None:
-                yield token.expires_at, self._expire, name, token
-            elif isinstance(token, Active) and token.cancel is None:
-                due = token.refresh_due(self.config.accounts[name])
-                yield max(due, self._not_before.get(name, 0)), self._refresh, name, token
+            if token is not None:
+                for moment, act in token.appointments(self.config.accounts[name]):
+                    yield moment, act, name, token
 
     def _rescheduled(self) -> None:
-        """Every change of what _appointments() yields ends here."""
+        """Must be called after every change of an appointment or of the waiters."""
         self._deadline = None
 
     # Transitions.
 
-    def _replace(self, name: str, token: Pending | Active | None, event: str | None,
-                 told: str = "") -> None:
-        """Change an account's state: the only way to. Browsers waiting for the old are told why."""
+    def _replace(self, name: str, token: Token | None, event: str | None, told: str = "") -> None:
+        """Change an account's state; nothing else does. Peers waiting for the old one are told."""
         old = self._tokens[name]
         self._tokens[name] = token
-        if isinstance(old, Pending):
+        if isinstance(old, RedirectLogin):
             del self._states[old.state]
-        if isinstance(token, Pending):
+        if isinstance(token, RedirectLogin):
             self._states[token.state] = name
+        elif isinstance(token, Active):
+            token.not_before = self._not_before.get(name, 0)
         self._rescheduled()
-        self._log(INFO, f"{name}: {'no token' if token is None else type(token).__name__.lower()}"
-                  + (f" ({event})" if event else ""))
+        kind = "no token" if token is None else type(token).__name__
+        self._log(INFO, f"{name}: {kind}" + (f" ({event})" if event else ""))
         if old is not None and old.cancel is not None:
             old.cancel()
-        if isinstance(old, Pending):
-            for _, answer in old.browsers:
-                answer(page(200, told))
+        self._tell_waiters(name, told)
         if event is not None:
             self._tell_event(name, event)
 
+    def _tell_waiters(self, name: str, told: str) -> None:
+        """Tell the peers that wait for an account's login how it went."""
+        waiters = [waiter for waiter in self._waiters if waiter.account == name]
+        self._waiters = [waiter for waiter in self._waiters if waiter.account != name]
+        for waiter in waiters:
+            waiter.tell(told)
+
     def _request_authorization(self, account: Account) -> Pending:
-        """Make a fresh authorization request and wait for the person to visit its URL."""
-        state, code_verifier = base64url(os.urandom(32)), base64url(os.urandom(64))
+        """Make a fresh authorization request; the person is notified on the next pass."""
+        state, code_verifier = secrets.token_urlsafe(32), secrets.token_urlsafe(64)
         redirect_uri = self._redirect_uri(account)
         url = authorization_request(account, state, code_verifier, redirect_uri)
-        pending = Pending(state, code_verifier, redirect_uri, url, remind_at=self._clock.now())
+        pending = RedirectLogin(url=url, remind_at=self._clock.now(), state=state,
+                                code_verifier=code_verifier, redirect_uri=redirect_uri)
         self._replace(account.name, pending, None, SUPERSEDED)
         return pending
 
     def _redirect_uri(self, account: Account) -> str:
-        """Where the browser is sent back to: the listener of the configured URI's scheme."""
-        port = self.ports[split_uri(account.redirect_uri).scheme]
+        """The account's redirect URI, at our listener of its scheme."""
+        port = self.ports[account.redirect_scheme]
         assert port is not None, "the server neither starts nor reloads without that listener"
         return account.redirect_uri_at(port)
 
     def _remind(self, name: str, pending: Pending) -> None:
-        """Remind the person of the URL; the Pending stays, and with it an exchange in flight."""
+        """Notify the person of the URL; again only once the last auth_notify_cmd has ended."""
         now = self._clock.now()
-        pending.notified_at = now
         pending.remind_at = now + max(self.config.auth_notify_interval, REMINDER_GAP)
         self._rescheduled()
+        if pending.notifying:
+            return
+        pending.notified_at = now
         if self.config.auth_notify_cmd is not None:
-            self._notifiers.pop(name, lambda: None)()  # it may have waited for a click until now
-            self._notifiers[name] = self._command(
-                "auth_notify_cmd", name, {"PIZAUTH_URL": pending.url}, FOR_EVER)
+            pending.notifying = True
+            self._command("auth_notify_cmd", name, {"PIZAUTH_URL": pending.url}, FOR_EVER,
+                          lambda *_: setattr(pending, "notifying", False))
 
-    def _let_browsers_go(self, name: str, pending: Pending) -> None:
-        """Answer the browsers that have waited long enough for the outcome."""
-        now, browsers = self._clock.now(), pending.browsers
-        pending.browsers = tuple((until, answer) for until, answer in browsers if until > now)
-        self._rescheduled()
-        for _, answer in browsers[: len(browsers) - len(pending.browsers)]:
-            answer(page(200, "pizauth processing authentication: you can safely close this page."))
-
-    def _exchange(self, name: str, pending: Pending) -> None:
+    def _exchange(self, name: str, pending: RedirectLogin) -> None:
         """Post the code (RFC 6749 4.1.3), for the first time or again."""
         assert pending.form is not None
         pending.tries += 1
         pending.retry_at = None
-        uri = normal_uri(self.config.accounts[name].token_uri)
-        pending.cancel = self._post(
-            uri, pending.form, True, partial(self._exchanged, name, pending))
+        pending.cancel = self._post("code", normal_uri(self.config.accounts[name].token_uri),
+                                    pending.form, partial(self._exchanged, name, pending))
         self._rescheduled()
 
-    def _exchanged(self, name: str, pending: Pending, outcome: bytes) -> None:
-        """The token endpoint's answer to a code."""
+    def _exchanged(self, name: str, pending: RedirectLogin, outcome: bytes) -> None:
+        """The token endpoint has answered the code, or could not."""
         if self._tokens.get(name) is not pending:
             return  # revoked, reloaded or asked for anew while the request was in flight
         assert pending.form is not None
@@ -1433,13 +1369,14 @@ class Authenticator:
 
     def _obtained(self, name: str, response: TokenResponse, refresh_token: str | None,
                   event: str) -> None:
-        """A new access token takes the place of whatever was there."""
+        """A new access token replaces the account's state."""
         now = self._clock.now()
         life = response.expires_in or min(self.config.accounts[name].refresh_at_least, LIFE_LIMIT)
-        token = Active(response.access_token, now, now + life, refresh_token)
+        token = Active(access_token=response.access_token, obtained_at=now, expires_at=now + life,
+                       refresh_token=refresh_token)
         self._errors.pop(name, None)
-        self._replace(
-            name, token, event, f"Account {name} is authorised: you can safely close this page.")
+        told = f"Account {name} is authorised: you can safely close this page."
+        self._replace(name, token, event, told)
 
     def _refresh(self, name: str, token: Active) -> None:
         """Post the refresh token (RFC 6749 6)."""
@@ -1447,14 +1384,14 @@ class Authenticator:
         account, now = self.config.accounts[name], self._clock.now()
         form = refresh_request(account, token.refresh_token)
         token.wanted, token.attempted_at = False, now
-        self._not_before[name] = now + REFRESH_GAP
-        token.cancel = self._post(normal_uri(account.token_uri), form, False,
+        token.not_before = self._not_before[name] = now + REFRESH_GAP
+        token.cancel = self._post("refresh", normal_uri(account.token_uri), form,
                                   partial(self._refreshed, name, token, form))
         self._log(DEBUG, f"{name}: refreshing")
         self._rescheduled()
 
     def _refreshed(self, name: str, token: Active, form: Fields, outcome: bytes) -> None:
-        """The token endpoint's answer to a refresh token."""
+        """The token endpoint has answered the refresh token."""
         if self._tokens.get(name) is not token:
             return  # revoked, reloaded or restored while the request was in flight
         token.cancel = None
@@ -1474,33 +1411,36 @@ class Authenticator:
             refresh_token = response.refresh_token or token.refresh_token
             self._obtained(name, response, refresh_token, "token_refreshed")
 
-    def _judged(self, name: str, token: Active, status: int | None, reason: bytes) -> None:
-        """transient_error_if_cmd has spoken; if it could not be asked, the login is kept."""
+    def _judged(self, name: str, token: Active, status: int | None, output: bytes) -> None:
+        """transient_error_if_cmd has ended; if it could not be started, the login is kept."""
         if self._tokens.get(name) is not token:
             return  # revoked, reloaded or restored while it ran
         token.cancel = None
         self._rescheduled()
-        if status in NO_VERDICT or reason or self.stopping:
+        if status in KEEPS_LOGIN or output or self.stopping:
             return
         self._replace(name, None, "token_invalidated")
         self._failed(name, f"Refreshing {name} failed for good, says transient_error_if_cmd", ERROR)
 
     def _expire(self, name: str, token: Active) -> None:
-        """An access token without a refresh token has reached the end of its life."""
+        """An access token without refresh token has expired."""
         self._replace(name, None, "token_invalidated")
 
+    _ACTS: Mapping[str, Callable[[Authenticator, str, Any], None]] = {
+        "exchange": _exchange, "expire": _expire, "refresh": _refresh, "remind": _remind}
+
     def _login_failed(self, name: str, event: str | None, message: str) -> None:
-        """The provider or the person said no, or there was no answer to be had: tell the person."""
+        """The login has ended in failure: forget it, and tell the person."""
         self._replace(name, None, event, message)
         notify = self.config.error_notify_cmd is not None
         self._failed(name, message, INFO if notify else ERROR)
         if notify:
             variables = {"PIZAUTH_MSG": printable(message)}
-            self._command("error_notify_cmd", name, variables, ERROR_LIMIT)
+            self._command("error_notify_cmd", name, variables, HOOK_LIMIT)
 
     def _failed(self, name: str, message: str, level: int) -> None:
         """Remember an account's failure for `status`, and log it."""
-        message = printable(message)  # an account's name may be anything
+        message = printable(message)  # the account's name may hold anything
         self._errors[name] = (self._clock.now(), message)
         self._log(level, message)
 
@@ -1508,7 +1448,7 @@ class Authenticator:
 
     def _command(self, option: str, name: str, variables: Fields, limit: float,
                  then: Ended = lambda status, output: None) -> Cancel:
-        """Run an option's command about an account; the log hears if it fails."""
+        """Run an option's command for an account; its failure is logged."""
 
         def ended(status: int | None, output: bytes) -> None:
             if status != 0 or output:
@@ -1520,7 +1460,7 @@ class Authenticator:
         return self._run(getattr(self.config, option), environment, limit, ended)
 
     def _tell_event(self, name: str, event: str) -> None:
-        """Have token_event_cmd told of an event, after those before it."""
+        """Run token_event_cmd for an event, once it has ended for the events before."""
         if self.config.token_event_cmd is not None:
             self._events.append((name, event))
             if len(self._events) == 1:
@@ -1529,58 +1469,70 @@ class Authenticator:
     def _tell_next_event(self) -> None:
         name, event = self._events[0]
         variables = {"PIZAUTH_EVENT": event}
-        self._command("token_event_cmd", name, variables, EVENT_LIMIT, self._event_told)
+        self._command("token_event_cmd", name, variables, HOOK_LIMIT, self._event_told)
 
     def _event_told(self, status: int | None, output: bytes) -> None:
         del self._events[0]
-        if self.config.token_event_cmd is None:  # since a reload
+        if self.config.token_event_cmd is None:  # a reload has removed it
             self._events.clear()
         if self._events:
             self._tell_next_event()
 
+    def has_untold_events(self) -> bool:
+        """Whether token_event_cmd runs, or will."""
+        return bool(self._events)
+
     # The redirect listeners.
 
-    def redirected(self, scheme: str, head: Head, answer: Answer) -> None:
+    def redirected(self, scheme: str, head: tuple[str, str], answer: Answer) -> None:
         """Answer a browser, which may bring an authorization response."""
         try:
-            self._redirected(scheme, head, answer)
+            self._redirected(scheme, *head, answer)
         except BadRequest as error:
             self._log(DEBUG, f"A browser request was refused: {error}")
             answer(refusal(error))
 
-    def _redirected(self, scheme: str, head: Head, answer: Answer) -> None:
-        """The decision, in the order that lets no stray or forged request touch any state."""
-        response = authorization_response(head.target.partition("?")[2])
-        if response.state is None:
+    def _redirected(self, scheme: str, target: str, host: str, answer: Answer) -> None:
+        """The checks are ordered such that no stray or forged request changes any state."""
+        response = authorization_response(target.partition("?")[2])
+        if "state" not in response:
             raise BadRequest(404, "There is nothing here.")
-        name = self._states.get(response.state, "")  # of 256 random bits (RFC 6749 10.12)
+        name = self._states.get(response["state"], "")  # of 256 random bits (RFC 6749 10.12)
         pending = self._tokens.get(name)
-        if not isinstance(pending, Pending):
-            return answer(
-                page(200, "No pending token matches request state: request a fresh token"))
-        if not redirect_matches(pending.redirect_uri, scheme, head):
+        if not isinstance(pending, RedirectLogin):
+            answer(page(200, "No pending token matches request state: request a fresh token"))
+            return
+        if not redirect_matches(pending.redirect_uri, scheme, host, target):
             raise BadRequest(404, "This is not the address that the account redirects to.")
-        if pending.form is None:  # else this is told the outcome of the code that came first
-            if response.error is not None:
-                words = filter(None, (response.error, response.error_description))
-                reason = printable(": ".join(words))[:500] or "no reason given"
-                message = f"Authentication for {name} failed: {reason}"
-                self._login_failed(name, None, message)
-                raise BadRequest(400, message)
-            if not response.code:
-                raise BadRequest(400, "The address has no 'code': request a fresh token.")
-            pending.form = access_token_request(
-                self.config.accounts[name], response.code, pending.code_verifier,
-                pending.redirect_uri)
-            self._exchange(name, pending)
-        pending.browsers += ((self._clock.now() + BROWSER_PATIENCE, answer),)
+        if pending.form is None:
+            self._respond(name, pending, response)
+        self._waiters.append(Waiter(
+            account=name, tell=lambda text: answer(page(200, text)),
+            until=self._clock.now() + BROWSER_PATIENCE,
+            late="pizauth processing authentication: you can safely close this page."))
         self._rescheduled()
+
+    def _respond(self, name: str, pending: RedirectLogin, response: Fields) -> None:
+        """Exchange the code of an authorization response. Raises BadRequest if it has none."""
+        if "error" in response:
+            words = filter(None, map(response.get, ("error", "error_description")))
+            reason = printable(": ".join(words))[:500] or "no reason given"
+            message = f"Authentication for {name} failed: {reason}"
+            self._login_failed(name, None, message)
+            raise BadRequest(400, message)
+        if not response.get("code"):
+            raise BadRequest(400, "The address has no 'code': request a fresh token.")
+        pending.form = access_token_request(
+            self.config.accounts[name], response["code"], pending.code_verifier,
+            pending.redirect_uri)
+        self._exchange(name, pending)
 
     # The control protocol: a method for each verb, their table, and the dispatch.
 
     def _dump(self, rest: bytes, answer: Answer) -> None:
-        answer(seal(os.urandom(12), dump_bytes([
-            (account, self._dumped(name)) for name, account in self.config.accounts.items()])))
+        states = [(account, self._tokens[name]) for name, account in self.config.accounts.items()]
+        epoch = self._clock.wall() - self._clock.now()
+        answer(encrypt_dump(secrets.token_bytes(12), dump_bytes(states, epoch)))
 
     def _info(self, rest: bytes, answer: Answer) -> None:
         ports = {f"{scheme}_port": str(port or "none") for scheme, port in self.ports.items()}
@@ -1588,31 +1540,31 @@ class Authenticator:
         answer(json.dumps({**ports, **about_https}).encode())
 
     def _refresh_now(self, rest: bytes, answer: Answer) -> None:
-        """A refresh, or a fresh request if there is nothing to refresh; nobody waits for it."""
+        """Start a refresh, or make a fresh request if there is nothing to refresh."""
         with_url, account = self._option_and_account(rest)
-        token = self._current(account.name)
+        token = self._expire_if_due(account.name)
         if not isinstance(token, Active):
-            return answer(self._pending_reply(self._request_authorization(account), with_url))
+            answer(self._request_authorization(account).reply(with_url))
+            return
         if token.refresh_token is None:
             until = self._clock.date(token.expires_at)
             raise RequestError(f"'{account.name}' has no refresh token;"
                                f" its access token lasts until {until}")
-        self._refresh_wanted(account.name, token)
+        self._refresh_soon(account.name, token)
         answer(b"scheduled:")
 
     def _reload(self, rest: bytes, answer: Answer) -> None:
-        self.reload()
-        answer(b"ok:")
+        self.reload(lambda error: answer(b"ok:" if error is None else refusal(error)))
 
     def _restore(self, rest: bytes, answer: Answer) -> None:
         """Take tokens from a dump for accounts that have none and are what they were."""
         fitting = []
-        for name, security, dumped in read_dump(unseal(rest)):
+        for name, (options, dumped) in read_dump(decrypt_dump(rest)).items():
             account = self.config.accounts.get(name)
-            unchanged = account is not None and account.security() == security
-            if unchanged and dumped is not None and not isinstance(self._tokens[name], Active):
+            if (account is not None and options == dumped_options(account)
+                    and dumped is not None and not isinstance(self._tokens[name], Active)):
                 fitting.append((name, self._revived(dumped)))
-        for name, token in fitting:  # only now: a dump that ends too soon changes nothing
+        for name, token in fitting:
             self._replace(name, token, None, SUPERSEDED)
         self._log(INFO, f"Restored the tokens of {len(fitting)} account(s)")
         answer(b"ok:")
@@ -1625,36 +1577,29 @@ class Authenticator:
 
     def _showtoken(self, rest: bytes, answer: Answer) -> None:
         with_url, account = self._option_and_account(rest)
-        token = self._current(account.name)
+        token = self._expire_if_due(account.name)
         if not isinstance(token, Active):
-            pending = token or self._request_authorization(account)
-            return answer(self._pending_reply(pending, with_url))
-        if self._clock.now() < token.expires_at:
-            return answer(b"access_token:" + token.access_token.encode())
-        if token.cancel is not None:
-            return answer(b"error:Access token has expired."
-                          b" Refreshing is in progress but has not yet succeeded")
-        self._refresh_wanted(account.name, token)
-        answer(b"error:Access token has expired. Refreshing initiated")
+            answer((token or self._request_authorization(account)).reply(with_url))
+        elif self._clock.now() < token.expires_at:
+            answer(b"access_token:" + token.access_token.encode())
+        elif token.cancel is not None:
+            answer(b"error:Access token has expired."
+                   b" Refreshing is in progress but has not yet succeeded")
+        else:
+            self._refresh_soon(account.name, token)
+            answer(b"error:Access token has expired. Refreshing initiated")
 
     def _shutdown(self, rest: bytes, answer: Answer) -> None:
-        self.stopping = True  # and the client is let go when all has ended
+        self.stopping = True  # the client's connection is closed last of all
 
     def _status(self, rest: bytes, answer: Answer) -> None:
         lines = [self._status_line(name) for name in sorted(self._tokens)]
         answer(("ok:" + "\n".join(lines)).encode() if lines else b"error:No accounts configured")
 
     _VERBS = {
-        b"dump": _dump,
-        b"info": _info,
-        b"refresh": _refresh_now,
-        b"reload": _reload,
-        b"restore": _restore,
-        b"revoke": _revoke,
-        b"showtoken": _showtoken,
-        b"shutdown": _shutdown,
-        b"status": _status,
-    }
+        b"dump": _dump, b"info": _info, b"refresh": _refresh_now, b"reload": _reload,
+        b"restore": _restore, b"revoke": _revoke, b"showtoken": _showtoken,
+        b"shutdown": _shutdown, b"status": _status}
 
     def control(self, request: bytes, answer: Answer) -> None:
         """Answer a control client's request."""
@@ -1666,11 +1611,11 @@ class Authenticator:
             self._log(TRACE, f"Control request: {verb.decode()}")
             self._VERBS[verb](self, rest, answer)
         except PizauthError as error:
-            self._log(WARNING, "A control request was refused: " + str(error).partition("\n")[0])
+            self._log(WARNING, f"A control request was refused: {error}")
             answer(refusal(error))
 
     def _option_and_account(self, rest: bytes) -> tuple[bool, Account]:
-        """Split `OPTION NAME`: is the URL wanted, and which account?"""
+        """Split `OPTION NAME`: whether the URL is wanted, and the account."""
         option, _, name = rest.partition(b" ")
         return option == b"withurl", self._account(name)
 
@@ -1680,131 +1625,107 @@ class Authenticator:
             raise RequestError(f"No account '{printable(name)}'")
         return self.config.accounts[name]
 
-    def _current(self, name: str) -> Pending | Active | None:
-        """An account's state now; a token that has expired for good is dropped first."""
+    def _expire_if_due(self, name: str) -> Token | None:
+        """The account's state now; an expired token without refresh token is dropped first."""
         token = self._tokens[name]
         if (isinstance(token, Active) and token.refresh_token is None
                 and token.expires_at <= self._clock.now()):
             self._expire(name, token)
         return self._tokens[name]
 
-    def _refresh_wanted(self, name: str, token: Active) -> None:
-        """Refresh as soon as may be, whatever the schedule or Retry-After say."""
+    def _refresh_soon(self, name: str, token: Active) -> None:
+        """Refresh as soon as allowed, whatever the schedule or Retry-After say."""
         if token.cancel is not None or self.stopping:
-            return  # one runs already, or its outcome would be lost with us
-        if self._not_before.get(name, 0) <= self._clock.now():
+            return  # one runs already, or its result would be lost
+        if token.not_before <= self._clock.now():
             self._refresh(name, token)
         else:
             token.wanted = True
             self._rescheduled()
 
-    def _dumped(self, name: str) -> Dumped | None:
-        """An account's state as a dump has it: by the wall's clock."""
-        token, offset = self._tokens[name], self._clock.wall() - self._clock.now()
-        if not isinstance(token, Active):
-            return None
-        return Dumped(token.access_token, token.obtained_at + offset, token.expires_at + offset,
-                      token.refresh_token)
-
-    def _revived(self, dumped: Dumped) -> Active:
-        """A dumped state by our clock; what the wall's clock cannot be right about has expired."""
+    def _revived(self, dumped: Active) -> Active:
+        """A token of a dump by our clock. One obtained in the future counts as expired."""
         now, wall = self._clock.now(), self._clock.wall()
-        life = min(max(dumped.expires - dumped.obtained, 0), LIFE_LIMIT)
-        left = min(dumped.expires - wall, life) if dumped.obtained <= wall else 0
-        expires_at = now + left
-        return Active(dumped.access_token, expires_at - life, expires_at, dumped.refresh_token)
+        life = min(max(dumped.expires_at - dumped.obtained_at, 0), LIFE_LIMIT)
+        left = min(dumped.expires_at - wall, life) if dumped.obtained_at <= wall else 0
+        return Active(access_token=dumped.access_token, obtained_at=now + left - life,
+                      expires_at=now + left, refresh_token=dumped.refresh_token)
+
+    def _status_line(self, name: str) -> str:
+        """The line of `status` about an account; it never holds a token."""
+        token = self._tokens[name]
+        text = "No access token" if token is None else token.status(self._clock)
+        if name in self._errors:
+            at, error = self._errors[name]
+            text += f"; last error at {self._clock.date(at)}: {error}"
+        return f"{printable(name)}: {text}"
 
     # What changes with the configuration, and at the end.
 
-    def hang_up(self) -> None:
-        """SIGHUP has come: reload, and tell the log if that fails."""
-        try:
-            self.reload()
-        except PizauthError as error:
-            self._log(ERROR, "The configuration was not reloaded: " + str(error).partition("\n")[0])
-
     def reconfigure(self, config: Config, ports: dict[str, int | None]) -> None:
-        """Take a new configuration; an account that is still what it was keeps its state."""
+        """Take a new configuration; an account whose options are the same keeps its state."""
         before, self.config, self.ports = self.config, config, ports
         for name, account in before.accounts.items():
             after = config.accounts.get(name)
-            if after is None or after.security() != account.security():
+            if after is None or dumped_options(after) != dumped_options(account):
                 self._errors.pop(name, None)
                 if after is None:
                     self._not_before.pop(name, None)
-                    self._notifiers.pop(name, lambda: None)()  # there will be no next to end it
                 self._replace(name, None, None, SUPERSEDED)
         self._tokens = {name: self._tokens.get(name) for name in config.accounts}
         self._rescheduled()
         for name, token in self._tokens.items():
             account = config.accounts[name]
-            if isinstance(token, Pending) and token.redirect_uri != self._redirect_uri(account):
+            moved = (isinstance(token, RedirectLogin)
+                     and token.redirect_uri != self._redirect_uri(account))
+            if moved:
                 self._request_authorization(account)
 
-    def busy(self) -> bool:
-        """Is an event untold?"""
-        return bool(self._events)
-
-    def farewell(self) -> None:
-        """Tell the browsers that wait that there will be no outcome."""
-        for token in self._tokens.values():
-            for _, answer in token.browsers if isinstance(token, Pending) else ():
-                answer(page(200, "pizauth was stopped: start it and request a fresh token."))
-
-    def _pending_reply(self, pending: Pending, with_url: bool) -> bytes:
-        return b"pending:" + (pending.url.encode() if with_url else b"")
-
-    def _status_line(self, name: str) -> str:
-        """What `status` says of an account; never a token."""
-        token, date = self._tokens[name], self._clock.date
-        if token is None:
-            text = "No access token"
-        elif isinstance(token, Pending):
-            text = "Access token pending authentication"
-            if token.notified_at is not None:
-                text += f" (last notification {date(token.notified_at)})"
-        elif self._clock.now() < token.expires_at:
-            text = (f"Active access token (obtained {date(token.obtained_at)};"
-                    f" expires {date(token.expires_at)})")
-        elif token.attempted_at is None:
-            text = "Access token expired (refresh not yet attempted)"
-        else:
-            text = f"Access token expired (last refresh attempt {date(token.attempted_at)})"
-        if name in self._errors:
-            at, error = self._errors[name]
-            text += f"; last error at {date(at)}: {error}"
-        return f"{printable(name)}: {text}"
+    def answer_waiting(self) -> None:
+        """Tell the peers that wait for a login that there will be no outcome."""
+        for name in self._tokens:
+            self._tell_waiters(name, "pizauth was stopped: start it and request a fresh token.")
 
 
-# ---- What children do ----
-# These run in forked children (limit_resources() in the server, too) and may block. They see what
-# they were forked with, and what they return goes through a pipe.
+# ---- Work for children ----
+# These functions run in forked children and may block (limit_resources() runs in the server, too).
+# They see what they were forked with; what they return goes to the server through a pipe.
+
+CONNECT_TIMEOUT = 5  # Seconds for one address, which leaves time for five more.
+AFTER_SLEEP = 5  # Seconds more for a child whose limit passed while the machine was suspended.
+DESCRIPTORS = 1024  # The soft limit: enough for all connections, and quick to close in a child.
 
 
 def run_child(work: Callable[[], bytes], pipe: int, limit: float, nice: int) -> NoReturn:
-    """Be a child: drop what is the server's, write what work() returns into the pipe, end."""
+    """The child's side of fork(): release the server's resources, send the result, exit. If work()
+    raises, the exit status is 1 and the exception's text is sent."""
+    status = 1
     try:
-        os.nice(nice)  # first of all: the 99th percentile of showtoken is 5 ms then, else 18
-        gc.freeze()  # a finaliser of the server's would close descriptors that are ours by then
+        os.nice(nice)  # first of all, for clients of the server come first
+        gc.freeze()  # else a finaliser of the server's closes a descriptor that is ours by then
         gc.disable()
         signal.set_wakeup_fd(-1)
-        # Ctrl-C and systemd reach the whole group, and an answer may hold a rotated token.
+        # Ctrl-C and systemd signal the whole group, and an answer may hold a rotated token.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if limit < FOR_EVER:
-            signal.alarm(int(limit) + AFTER_SLEEP + 2)  # should the server not be there to kill us
-        os.closerange(3, pipe)  # a killed server's port and lock would live on in us
+            signal.alarm(int(limit) + AFTER_SLEEP + 2)  # the server may be dead, and not kill us
+        os.closerange(3, pipe)  # else a dead server's port and lock would live on in us
         os.closerange(pipe + 1, DESCRIPTORS)
-        write_all(pipe, work())
-        os._exit(0)
+        try:
+            output, status = work(), 0
+        except PizauthError as error:
+            output = str(error).encode()
+        except Exception as error:  # a bug, or a module that was removed: the server reports it
+            output = f"{type(error).__name__}: {error}".encode("utf-8", "replace")
+        write_all(pipe, output)
     finally:
-        os._exit(1)
+        os._exit(status)
 
 
 def limit_resources(descriptors: int) -> int:
-    """Runs in the server and in its commands: no core file, which may hold tokens, and this soft
-    limit of descriptors, or the hard one if that is less. The soft limit before."""
+    """No core files, which may hold tokens, and so many descriptors; returns the limit before."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft = descriptors if hard == resource.RLIM_INFINITY else min(descriptors, hard)
@@ -1813,38 +1734,36 @@ def limit_resources(descriptors: int) -> int:
 
 
 def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
-    """Runs in a child, which becomes a shell: returns only if there is none, and then says so."""
+    """In a child: become a shell that runs the command. Returns only if there is no shell."""
     shell = os.environ.get("SHELL") or "/bin/sh"
     try:
-        os.setsid()  # a group of its own, to be killed as one, which the terminal's Ctrl-C spares
+        os.setsid()  # so that Ctrl-C on the server's terminal does not end it
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE,
                        signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
-        try:
+        with suppress(ValueError):  # macOS does not take an infinite limit back
             limit_resources(descriptors)
-        except ValueError:
-            pass  # macOS takes no infinite limit back
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         ours = {name.encode(): value.replace("\0", "").encode("utf-8", "replace")
-                for name, value in variables.items()}  # whatever the locale
+                for name, value in variables.items()}  # UTF-8 in any locale
         arguments = [os.fsencode(shell), b"-c", command.encode()]
         os.execve(shell, arguments, {**os.environb, **ours})
-    except Exception as error:  # whatever it is, it is not the command's verdict
+    except Exception as error:  # of any kind: none of them is an answer of the command
         return f"cannot start {shell}: {error}".encode("utf-8", "replace")
 
 
 def post_form(uri: str, form: Fields) -> bytes:
-    """Runs in a child: post a form and return outcome_bytes()."""
+    """In a child: post a form; returns outcome_bytes()."""
     import http.client
     import urllib.request
 
     class AnyStatus(urllib.request.HTTPErrorProcessor):
         def http_response(self, request: Any, response: Any) -> Any:
-            return response  # a redirect is not followed: it would carry secrets elsewhere
+            return response  # a redirect is not followed: it would take secrets elsewhere
 
         https_response = http_response
 
-    socket.create_connection = connect  # type: ignore[assignment]  # in this process alone
+    socket.create_connection = partial(connect, socket.create_connection)  # in this process alone
     headers = {"Accept": "application/json", "User-Agent": f"pizauth.py/{VERSION}"}
     request = urllib.request.Request(uri, urllib.parse.urlencode(form).encode(), headers)
     proxies = {} if is_loopback(uri) else urllib.request.getproxies_environment()
@@ -1852,7 +1771,7 @@ def post_form(uri: str, form: Fields) -> bytes:
     try:
         with opener.open(request) as response:
             body = bytearray(ANSWER_LIMIT + 1)
-            size = response.readinto(body)  # read(n) would take a chunk of size -1 for endless
+            size = response.readinto(body)  # read(n) takes a chunk of size -1 for an endless one
             if response.length and size <= ANSWER_LIMIT:
                 raise OSError("the answer was cut short")
             whole = response.length is not None or response.chunked
@@ -1865,59 +1784,49 @@ def post_form(uri: str, form: Fields) -> bytes:
         return outcome_bytes(0, 0, False, f"no answer from {host}: {reason}".encode())
 
 
-def connect(address: tuple[str, int], *_: object) -> socket.socket:
-    """Runs in a child: a connection to a host, whose IPv6 and IPv4 addresses are tried in turn
-    (RFC 8305 4): some have eight of one kind, and all may be a black hole. Raises OSError."""
-    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+def connect(one_address: Callable[..., socket.socket], host: tuple[str, int],
+            *_: object) -> socket.socket:
+    """In a child: a connection to a host, given a function for one address. Raises OSError. IPv6
+    and IPv4 take turns (RFC 8305 4), for all addresses of one of them may be unreachable."""
+    found = socket.getaddrinfo(*host, type=socket.SOCK_STREAM)
     families = [one[0] for one in found]
     turns = [families[:at].count(family) for at, family in enumerate(families)]
     reason = OSError("no address found")
-    for _turn, (*family, _name, place) in sorted(zip(turns, found), key=lambda pair: pair[0]):
+    for _turn, (*_kind, address) in sorted(zip(turns, found), key=lambda pair: pair[0]):
         try:
-            sock = socket.socket(*family)
-            try:
-                sock.settimeout(CONNECT_TIMEOUT)
-                sock.connect(place)
-                sock.settimeout(None)  # an answer given up too soon may have held a rotated token
-                return sock
-            except OSError:
-                sock.close()
-                raise
+            sock = one_address(address[:2], CONNECT_TIMEOUT)
+            sock.settimeout(None)  # an answer given up too soon may have held a rotated token
+            return sock
         except OSError as error:
             reason = error
     raise reason
 
 
 def is_loopback(uri: str) -> bool:
-    """Is the host of a URI this machine? No proxy is asked then."""
+    """Whether a URI's host is this machine, which is never asked through a proxy."""
     host = urllib.parse.urlsplit(uri).hostname or ""
     return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", host) is not None
 
 
 def retry_after(value: str) -> float:
-    """The seconds that a Retry-After, maybe a date, asks for (RFC 9110 10.2.3); 0 for nonsense."""
+    """The seconds that a Retry-After asks for, maybe by a date (RFC 9110 10.2.3), or 0."""
     from email.utils import parsedate_to_datetime
 
     if re.fullmatch(r"[0-9]+", value.strip()):
         return float(value)
-    try:
+    with suppress(TypeError, ValueError, OverflowError, IndexError):
         return max(0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError, IndexError):
-        return 0
+    return 0
 
 
 def mint_certificate() -> bytes:
-    """Runs in a child: JSON with a fresh key and certificate for this host, and their fingerprints.
-
-    The object is empty where `cryptography` is not installed. The child is forked before the
-    server's own imports, so that both run at the same time, and imports all it needs itself.
-    """
+    """In a child: JSON with a fresh key, its certificate and fingerprints. Raises PizauthError."""
     try:
-        import json
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError:
-        return b"{}"
+        raise PizauthError("HTTPS needs the Python package cryptography: install it, for instance"
+                           " as python3-cryptography or with pip") from None
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = self_signed(key)
     pem = serialization.Encoding.PEM
@@ -1933,7 +1842,7 @@ def mint_certificate() -> bytes:
 
 
 def self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    """Runs in a child: a certificate for this host by all its loopback names."""
+    """In a child: a certificate for all loopback names of this host."""
     import datetime, ipaddress
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
@@ -1943,14 +1852,14 @@ def self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     addresses = [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ("127.0.0.1", "::1")]
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     start = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
-    end = start + datetime.timedelta(days=825)  # the most that browsers have taken
+    end = start + datetime.timedelta(days=825)  # no browser has ever refused this length
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "pizauth")])
     builder = x509.CertificateBuilder(
         name, name, key.public_key(), x509.random_serial_number(), start, end)
     for extension, critical in (
         (x509.SubjectAlternativeName([*names, *addresses]), False),
         (x509.BasicConstraints(ca=False, path_length=None), True),
-        (x509.KeyUsage(True, *[False] * 8), True),  # digital_signature, and none of the others
+        (x509.KeyUsage(True, *[False] * 8), True),  # digital_signature alone
         (x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), False),
         (identifier, False),
         (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), False),
@@ -1960,18 +1869,300 @@ def self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
 
 
 # ---- Loop ----
-# The only place that waits (but for notify(), a second at most) and, once the server serves, the
-# only place that forks. An Exchange that fails takes nothing else with it.
+# The only place that waits. The parts of the server (connections, children, Authenticator and the
+# server itself) have deadline() and run_due(); the loop sleeps until the earliest deadline, a
+# signal, or an event of a descriptor, and calls the part that it belongs to.
+
+LONGEST_SLEEP = 37  # Seconds; bounds how late a resume is noticed (select does not count suspend).
+PAUSE = 1  # Seconds of rest after a bug, so that one that repeats does not take all the processor.
+
+
+class Loop:
+    """Waits for descriptors, signals and moments.
+
+    A signal is noted in a set, and its byte on a socket pair ends the wait. The byte has no other
+    meaning, for with many signals the socket pair is full, and bytes are lost.
+    """
+
+    def __init__(self, clock: Clock, log: Callable[[int, str], None]) -> None:
+        self.clock, self.log = clock, log
+        self.selector = selectors.DefaultSelector()
+        self.parts: list[Any] = []
+        self.signals = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP)
+        self.handlers: dict[int, Callable[[], None]] = {}  # of these signals
+        self.caught: set[int] = set()  # signals that have come
+        self.wakeup, self.woken = socket.socketpair()
+
+    def catch_signals(self) -> None:
+        """From now on these signals go to the handlers, even if our starter blocked them."""
+        for end in (self.wakeup, self.woken):
+            end.setblocking(False)
+        self.selector.register(self.woken, selectors.EVENT_READ, lambda _: self.woken.recv(CHUNK))
+        signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
+        for number in self.signals:
+            signal.signal(number, lambda number, _frame: self.caught.add(number))
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    def handle_signals(self) -> None:
+        """Call the handlers of the signals that have come."""
+        caught, self.caught = self.caught, set()  # first, so that a later signal is not lost
+        for number in self.signals:
+            if number in caught:
+                self.handlers[number]()
+
+    def patience(self) -> float | None:
+        """How long to sleep; 0: something is due; None: nothing is scheduled."""
+        if self.caught:
+            return 0
+        moment = min((part.deadline() for part in self.parts), default=FOR_EVER)
+        return None if moment == FOR_EVER else max(0, min(LONGEST_SLEEP, moment - self.clock.now()))
+
+    def run(self, finished: Callable[[], bool], each_pass: Callable[[], None]) -> None:
+        """Serve until finished(), which is asked before every wait."""
+        while not finished():
+            patience: float | None = PAUSE
+            try:
+                patience = self.patience()
+                if patience == 0:
+                    for part in self.parts:
+                        part.run_due()
+            except Exception:  # a bug, which must neither end the server nor keep clients out
+                self.log_bug("Something due was lost to a bug")
+                patience = PAUSE
+            try:
+                events = self.selector.select(patience)
+                if self.caught:  # before the events, for a handler that always raises comes then
+                    self.handle_signals()
+                for key, mask in events:
+                    key.data(mask)
+                each_pass()
+            except Exception:  # a bug, which must not end the server
+                self.log_bug("Something was lost to a bug")
+                time.sleep(PAUSE)
+
+    def log_bug(self, what: str) -> None:
+        """Log the exception that is being handled: it is a bug of ours."""
+        self.log(ERROR, f"{what}: {traceback.format_exc()}")
+
+
+# ---- Children ----
+# The only place that forks once the server serves. Jobs wait in one queue; a job ends with exactly
+# one call of its `then`, unless it is cancelled.
+
+SLOTS = {"code": 16, "refresh": 12}  # Token requests at a time, the last four for codes alone.
+HOST_SLOTS = 4  # Token requests at a time to one host.
+URGENCY = ("command", "mint", "code", "refresh")  # Kinds of jobs, the most urgent first.
+NICE = 10  # Niceness of token requests: clients of the server come first.
+FORK_RETRY = 1  # Seconds until a fork that failed is tried again.
+LATE = 1  # Overdue by more seconds than this: the machine was suspended.
+
+
+class Job(Record):
+    """Work for a child; at its end then(exit status, output), at its limit then(None, b"")."""
+
+    kind: str  # one of URGENCY
+    work: Callable[[], bytes]
+    limit: float  # in seconds from its start; at FOR_EVER it is never killed
+    then: Ended
+    host: str = ""  # of a token request
+    pid: int = 0  # 0: it has not been started
+    pipe: int = -1  # -1: there is no more to read
+    due: float = FOR_EVER  # when it is killed
+    output: bytes = b""
+
+
+class Children:
+    """The jobs that wait for a child, and those that have one."""
+
+    def __init__(self, loop: Loop, descriptors: int = DESCRIPTORS) -> None:
+        self.loop = loop
+        self.descriptors = descriptors  # the soft limit that commands get
+        self.waiting: list[Job] = []
+        self.running: dict[int, Job] = {}  # by process number
+        self.start_at = FOR_EVER  # when to look for a job to start
+        self.fork_failed = False  # at the last try
+        self.stopping = False  # no token request is started any more
+
+    def add(self, job: Job) -> Cancel:
+        """Put a job into the queue; it never starts, nor ends, before the next pass."""
+        self.waiting.append(job)
+        self.start_at = 0
+        return partial(self._cancel, job)
+
+    def post(self, kind: str, uri: str, form: Fields, then: Callable[[bytes], None]) -> Cancel:
+        """Add a token request; then(outcome) at its end."""
+        host = urllib.parse.urlsplit(uri).netloc
+
+        def ended(status: int | None, output: bytes) -> None:
+            reason = f"the process that asked {host} ended with status {status}"
+            if status is None:
+                reason = f"no answer from {host} within {TOKEN_REQUEST_LIMIT} s"
+            elif status == 1 and output:  # the text of an exception
+                reason += ": " + output.decode("utf-8", "replace")
+            then(output if status == 0 else outcome_bytes(0, 0, False, reason.encode()))
+
+        return self.add(Job(kind=kind, host=host, work=partial(post_form, uri, form),
+                            limit=TOKEN_REQUEST_LIMIT, then=ended))
+
+    def run(self, command: str, variables: Fields, limit: float, then: Ended) -> Cancel:
+        """Add a shell command. At its limit the shell alone is killed: a pipeline goes on."""
+        work = partial(run_command, command, variables, self.descriptors)
+        return self.add(Job(kind="command", work=work, limit=limit, then=then))
+
+    def in_flight(self) -> bool:
+        """Whether a token request runs."""
+        return any(job.host for job in self.running.values())
+
+    def deadline(self) -> float:
+        return min([self.start_at, *(job.due for job in self.running.values())])
+
+    def run_due(self) -> None:
+        """Kill children at their limit, and start a job."""
+        now = self.loop.clock.now()
+        if any(job.due <= now for job in self.running.values()):
+            self.reap()  # first: a result that has come is not lost to the limit
+        for job in [job for job in self.running.values() if job.due <= now]:
+            if now > job.due + LATE:
+                job.due = now + AFTER_SLEEP  # it was suspended, too; its answer may be on its way
+            else:
+                then = job.then
+                self._kill(job)
+                self._deliver(then, None)
+        if self.start_at <= now:
+            self._start_next()
+
+    def reap(self) -> None:
+        """Deliver the results of children that have ended. As PID 1 we have strangers, too."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            job = self.running.pop(pid, None)
+            if job is not None:
+                while self._read(job):
+                    pass  # what it wrote last
+                self._close_pipe(job)
+                self.start_at = 0  # there is a free slot
+                self._deliver(job.then, os.waitstatus_to_exitcode(status), job.output)
+
+    def kill_all(self) -> None:
+        """At the end: kill what has a limit; what has none may be the person's browser."""
+        for job in self.running.values():
+            if job.limit < FOR_EVER:
+                self._kill(job)
+
+    def _deliver(self, then: Ended, status: int | None, output: bytes = b"") -> None:
+        try:
+            then(status, output)
+        except Exception:  # a bug, which must not end the server
+            self.loop.log_bug("A result was lost to a bug")
+
+    def _cancel(self, job: Job) -> None:
+        """Have a job never start, or kill its child; nothing if it has ended."""
+        if job in self.waiting:
+            self.waiting.remove(job)
+        elif self.running.get(job.pid) is job:
+            self._kill(job)
+
+    def _kill(self, job: Job) -> None:
+        """Kill a child; its result is dropped."""
+        job.then, job.due = lambda status, output: None, FOR_EVER
+        self._close_pipe(job)
+        with suppress(OSError):  # it has become another user's, by sudo
+            os.kill(job.pid, signal.SIGKILL)  # it is not reaped yet, so the number is still its own
+
+    def _start_next(self) -> None:
+        """Start the job whose turn it is: one a pass, for a fork takes a millisecond or two."""
+        job = self._next()
+        self.start_at = FOR_EVER if job is None else 0
+        if job is None:
+            return
+        try:
+            self._start(job)
+        except OSError as error:
+            if not self.fork_failed:  # logged once: there may be hundreds of jobs
+                self.loop.log(ERROR, f"Cannot start another process: {error.strerror}")
+            self.fork_failed, self.start_at = True, self.loop.clock.now() + FORK_RETRY
+        else:
+            self.fork_failed = False
+            self.waiting.remove(job)
+
+    def _next(self) -> Job | None:
+        """The most urgent job that may start; of these, one of the host with fewest requests."""
+        hosts = [job.host for job in self.running.values() if job.host]
+
+        def may_start(job: Job) -> bool:
+            return not job.host or (
+                not self.stopping  # it would be killed, and a rotated token be lost
+                and len(hosts) < SLOTS[job.kind] and hosts.count(job.host) < HOST_SLOTS)
+
+        return min(filter(may_start, self.waiting), default=None,
+                   key=lambda job: (URGENCY.index(job.kind), hosts.count(job.host)))
+
+    def _start(self, job: Job) -> None:
+        """Fork the job's child. Raises OSError, and leaves nothing behind then."""
+        reader, writer = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.loop.signals)  # or the child's would wake us
+        try:
+            job.pid = os.fork()
+            if job.pid == 0:
+                run_child(job.work, writer, job.limit, NICE if job.host else 0)
+            self.loop.selector.register(reader, selectors.EVENT_READ, partial(self._read, job))
+        except OSError:  # there is no process, or no memory to watch its pipe
+            os.close(reader)
+            if job.pid:
+                os.kill(job.pid, signal.SIGKILL)
+                os.waitpid(job.pid, 0)
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.loop.signals)
+            os.close(writer)
+        os.set_blocking(reader, False)
+        job.pipe, job.due = reader, self.loop.clock.now() + job.limit
+        self.running[job.pid] = job
+
+    def _read(self, job: Job, _events: int = 0) -> bool:
+        """Take what the child has written; False if there was nothing."""
+        if job.pipe < 0:
+            return False
+        try:
+            data = os.read(job.pipe, CHUNK)
+        except BlockingIOError:
+            return False
+        job.output += data
+        if not data:
+            self._close_pipe(job)
+        return bool(data)
+
+    def _close_pipe(self, job: Job) -> None:
+        if job.pipe >= 0:
+            self.loop.selector.unregister(job.pipe)
+            os.close(job.pipe)
+            job.pipe = -1
+
+
+# ---- Connections ----
+# A connection is one Exchange, of a control client or a browser: read a request, answer it, close.
+# One that fails takes nothing else with it.
+
+CONNECTION_TIMEOUT = 10  # Seconds to send a request, and then to read the reply.
+CAPS = {"control": 256, "browser": 128}  # Open connections of each kind of peer.
+ACCEPTS = 32  # Connections accepted in a row before others have their turn.
+READS = 4  # Reads from one connection in a row.
+READ_CHUNK = 8 << 10  # Bytes a read: nearly all requests are smaller.
+TLS_CHUNK = 1 << 10  # Bytes a read under TLS: 27 may be a KeyUpdate, which costs 10 microseconds.
+TLS_LIMIT = 128 << 10  # Bytes that a TLS client may send before its request is whole.
 
 
 class Tls:
-    """The server's side of a TLS connection as a filter of bytes.
-
-    An SSLSocket would not do: one SSL_read of it goes on for as long as its peer sends KeyUpdates.
-    """
+    """The server's side of a TLS connection, as a filter of bytes. (An SSLSocket would read for as
+    long as its peer sends KeyUpdates.)"""
 
     def __init__(self, context: ssl.SSLContext) -> None:
-        import ssl  # not among server_imports(): a server without HTTPS does not carry it
+        import ssl  # only here and in tls_context(): most servers need no TLS
 
         self.incomplete = ssl.SSLWantReadError
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -1979,54 +2170,53 @@ class Tls:
         self.received = 0
 
     def decrypt(self, data: bytes) -> bytes:
-        """What can be read now that these bytes have come. Raises OSError if they are no TLS."""
+        """The plaintext that these bytes complete. Raises OSError if they are no TLS."""
         self.received += len(data)
         if self.received > TLS_LIMIT:
             raise OSError("too much TLS around too little HTTP")
         self.incoming.write(data)
         plain = bytearray()
-        try:
+        with suppress(self.incomplete):
             while piece := self.connection.read(CHUNK):
                 plain += piece
-        except self.incomplete:
-            pass  # that was all
         return bytes(plain)
 
     def encrypt(self, data: bytes) -> bytes:
-        """These bytes, the last ones, as they are to be sent. Raises OSError before a handshake."""
+        """The bytes to send for a whole reply, and the end. Raises OSError before a handshake."""
         self.connection.write(data)
-        try:
+        with suppress(self.incomplete):  # we do not wait for the client to say that it closes, too
             self.connection.unwrap()
-        except self.incomplete:
-            pass  # our part of the closing is said; theirs is not waited for
         return self.outgoing.read()
 
 
+class Service(Record):
+    """What a listener is for."""
+
+    peer: str  # a key of CAPS
+    frame: Callable[[bytearray, bool], Any]  # a reader of the wire formats
+    respond: Callable[[Any, Answer], None]  # takes what it has read
+    context: ssl.SSLContext | None = None  # for TLS
+
+
 class Exchange:
-    """One connection of either kind: reads a request, parks until it is answered, writes the reply,
-    drains, closes.
+    """One connection: reads a request, parks until it is answered, writes, drains, closes."""
 
-    `frame(buffer, eof)` gives the request, None if more is needed, or raises PizauthError;
-    `respond(request, answer)` gets it.
-    """
-
-    # Where each begins: one is made for every request, and most change little of this.
+    # The state at first; class attributes, because most exchanges change little of it.
     state = "reading"  # then parked, writing, draining, closed
     watched = 0  # the events that the selector watches for
     outgoing: bytes | memoryview = b""
     eof = False
 
-    def __init__(self, loop: Loop, sock: _socket.socket, kind: str,
-                 frame: Callable[[Received, bool], Any], respond: Callable[[Any, Answer], None],
-                 *, tls: Tls | None = None) -> None:
-        self.loop, self.sock, self.kind, self.tls = loop, sock, kind, tls
-        self.frame, self.respond = frame, respond
-        self.due = loop.clock.now() + CONNECTION_TIMEOUT  # when it is closed
-        self.buffer = Received()
-        loop.exchanges[kind][self] = None
+    def __init__(self, connections: Connections, sock: socket.socket, service: Service) -> None:
+        self.connections, self.sock, self.service = connections, sock, service
+        self.loop = connections.loop
+        self.tls = None if service.context is None else Tls(service.context)
+        self.due = self.loop.clock.now() + CONNECTION_TIMEOUT  # when it is closed
+        self.buffer = bytearray()
+        connections.exchanges[service.peer][self] = None
 
-    def ready(self, _events: int = 0) -> None:
-        """Go on as far as the socket lets us; what goes wrong ends this exchange alone."""
+    def proceed(self, _events: int = 0) -> None:
+        """Go on as far as the socket allows."""
         try:
             if self.outgoing:
                 self._write()
@@ -2035,12 +2225,8 @@ class Exchange:
         except OSError:
             self.close()  # the peer has gone, or speaks no TLS
         except Exception:
-            self._lost()
-
-    def _lost(self) -> None:
-        """A bug of ours must end neither the daemon nor, by staying readable, its sleep."""
-        self.loop.log(ERROR, "A request was lost to a bug: " + stack_trace())
-        self.close()
+            self.loop.log_bug("A request was lost to a bug")
+            self.close()
 
     def answer(self, reply: bytes) -> None:
         """Send the reply and end; does nothing if the peer has gone meanwhile."""
@@ -2051,7 +2237,7 @@ class Exchange:
             self.outgoing = reply if self.tls is None else self.tls.encrypt(reply)
             self._write()
         except OSError:
-            self.close()  # gone, or refused before there was a handshake to say so in
+            self.close()  # the peer has gone, or was refused before the handshake was done
 
     def close(self) -> None:
         if self.state != "closed":
@@ -2059,12 +2245,12 @@ class Exchange:
             if self.watched:
                 self._watch(0)
             self.sock.close()
-            self.loop.closed(self)
+            del self.connections.exchanges[self.service.peer][self]
 
     def _read(self) -> None:
-        """Take in what is there, but not for ever; what comes after the request is discarded."""
+        """Take in what is there, but not for ever; bytes after the request are discarded."""
         reads, chunk = (READS, READ_CHUNK) if self.tls is None else (1, TLS_CHUNK)
-        try:
+        with suppress(BlockingIOError):
             for _ in range(reads):
                 data = self.sock.recv(chunk)
                 self.eof = not data
@@ -2072,33 +2258,33 @@ class Exchange:
                     break
                 if self.state == "reading":
                     self.buffer += data if self.tls is None else self.tls.decrypt(data)
-        except BlockingIOError:
-            pass  # that is all for now
         if self.state == "reading":
             self._take()
         if self.state == "closed" or self.outgoing:
             return  # _write() watches
         if self.eof and self.state == "draining":
-            return self.close()
-        spins = self.eof or self.state == "parked" and self.kind == "control"
-        self._watch(0 if spins else selectors.EVENT_READ)  # an end of file stays readable
+            self.close()
+            return
+        # An end of file stays readable, and a control client has sent it before it is parked.
+        spins = self.eof or self.state == "parked" and self.service.peer == "control"
+        self._watch(0 if spins else selectors.EVENT_READ)
 
     def _take(self) -> None:
-        """Hand the request on, once it is whole."""
+        """Pass the request on, once it is whole."""
         try:
-            request = self.frame(self.buffer, self.eof)
-            if request is None and len(self.buffer) > REQUEST_LIMIT:
-                self.loop.admit_large(self)
+            request = self.service.frame(self.buffer, self.eof)
         except PizauthError as error:
-            self.loop.log(DEBUG, f"A {self.kind} request was refused: {error}")
-            return self.answer(refusal(error))
+            self.loop.log(DEBUG, f"A {self.service.peer} request was refused: {error}")
+            self.answer(refusal(error))
+            return
         if request is not None:
-            self.state, self.due = "parked", FOR_EVER  # who answers has a limit
+            self.state, self.due = "parked", FOR_EVER  # whoever answers has a limit
             self.buffer.clear()
             try:
-                self.respond(request, self.answer)
-            except Exception:  # also an OSError, which is not the peer's here
-                self._lost()
+                self.service.respond(request, self.answer)
+            except Exception:  # an OSError is a bug here, not a peer that has gone
+                self.loop.log_bug("A request was lost to a bug")
+                self.close()
         elif self.eof:
             self.close()
         elif self.tls is not None and self.tls.outgoing.pending:
@@ -2112,13 +2298,15 @@ class Exchange:
                 sent = self.sock.send(self.outgoing)
                 self.outgoing = b"" if sent == size else memoryview(self.outgoing)[sent:]
         except BlockingIOError:
-            return self._watch(selectors.EVENT_WRITE)
+            self._watch(selectors.EVENT_WRITE)
+            return
         if self.state == "writing":
             if self.eof:
-                return self.close()
-            self.state = "draining"  # to close while the peer still sends would throw it all away
+                self.close()
+                return
+            self.state = "draining"  # a close while the peer still sends would destroy the reply
             self.sock.shutdown(socket.SHUT_WR)
-        self._watch(selectors.EVENT_READ)  # or that was a piece of a handshake
+        self._watch(selectors.EVENT_READ)  # after a reply, or a piece of a handshake
 
     def _watch(self, events: int) -> None:
         """Have the selector watch for these events; 0: for none."""
@@ -2127,302 +2315,95 @@ class Exchange:
         if not events:
             self.loop.selector.unregister(self.sock)
         elif not self.watched:
-            self.loop.selector.register(self.sock, events, self.ready)
+            self.loop.selector.register(self.sock, events, self.proceed)
         else:
-            self.loop.selector.modify(self.sock, events, self.ready)
+            self.loop.selector.modify(self.sock, events, self.proceed)
         self.watched = events
 
 
 class Listener:
-    """A listening socket, whose every connection is an Exchange with this frame() and respond();
-    over TLS if there is a context."""
+    """A listening socket; each of its connections becomes an Exchange."""
 
-    def __init__(self, loop: Loop, sock: _socket.socket, kind: str,
-                 frame: Callable[[Received, bool], Any], respond: Callable[[Any, Answer], None],
-                 *, context: ssl.SSLContext | None = None) -> None:
-        self.loop, self.kind, self.context = loop, kind, context
-        self.frame, self.respond = frame, respond
-        self.due = FOR_EVER  # when accepting goes on, if it is paused
-        # The half of `socket` that is C: accept() of the other half adds nothing that ready() does
-        # not do, and it and its larger object would cost 4 % of the requests a second.
-        self.sock = _socket.socket(sock.family, sock.type, 0, sock.detach())
-        self.sock.setblocking(False)
-        loop.selector.register(self.sock, selectors.EVENT_READ, self.ready)
+    def __init__(self, connections: Connections, sock: socket.socket, service: Service) -> None:
+        self.connections, self.sock, self.service = connections, sock, service
+        self.loop = connections.loop
+        self.due = FOR_EVER  # when accepting goes on, while it is paused
+        sock.setblocking(False)
+        self.loop.selector.register(sock, selectors.EVENT_READ, self.accept)
 
-    def ready(self, _events: int) -> None:
-        """Accept what has come, but not for ever."""
-        # If nobody else is connected, nobody is kept waiting by one more pass, and to hear that no
-        # other connection has come would cost 6 % of the requests a second.
-        alone = not any(self.loop.exchanges.values())
-        for _ in range(1 if alone else ACCEPTS):
+    def accept(self, _events: int) -> None:
+        """Accept the connections that have come, but not for ever."""
+        for _ in range(ACCEPTS):
             try:
-                descriptor, _address = self.sock._accept()  # type: ignore[attr-defined]
-                sock = _socket.socket(self.sock.family, self.sock.type, 0, descriptor)
+                sock, _address = self.sock.accept()
             except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self.loop.pause(self)
-                return  # else the peer has gone before we looked
+                    self.connections.pause(self)
+                return  # otherwise the peer has gone already
             sock.setblocking(False)
-            if self.kind == "control" and not is_our_user(sock):
+            if self.service.peer == "control" and not is_our_user(sock):
                 self.loop.log(WARNING, "A client of another user was refused")
                 sock.close()
-            elif self.loop.make_room(self.kind):
-                tls = None if self.context is None else Tls(self.context)
-                Exchange(self.loop, sock, self.kind, self.frame, self.respond, tls=tls).ready()
+            elif self.connections.make_room(self.service.peer):
+                Exchange(self.connections, sock, self.service).proceed()
             else:
                 sock.close()
 
     def close(self) -> None:
         """Stop listening, and give the port back."""
-        if self in self.loop.paused:
-            self.loop.paused.remove(self)
+        if self in self.connections.paused:
+            self.connections.paused.remove(self)
         else:
             self.loop.selector.unregister(self.sock)
-        try:
+        with suppress(OSError):  # some systems shut down connections only
             self.sock.shutdown(socket.SHUT_RDWR)  # or a child just forked would still hold the port
-        except OSError:
-            pass  # some systems know that of connections alone
         self.sock.close()
 
 
-def is_our_user(sock: _socket.socket) -> bool:
-    """Does our user run the peer? Known on Linux alone; elsewhere the directory is the guard."""
+def is_our_user(sock: socket.socket) -> bool:
+    """Whether our user runs the peer: known on Linux only, else the directory keeps others out."""
     if sys.platform != "linux":
         return True
-    try:
+    with suppress(OSError):  # it has gone already
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    except OSError:
-        return False  # gone already
-    return int.from_bytes(credentials[4:8], sys.byteorder) == os.getuid()
+        return int.from_bytes(credentials[4:8], sys.byteorder) == os.getuid()
+    return False
 
 
-class Child:
-    """A forked child: what it has written so far, and who waits for it; None if nobody does."""
+class Connections:
+    """All open connections, and the listeners that are paused because descriptors ran out."""
 
-    def __init__(self, loop: Loop, pid: int, pipe: int, limit: float, then: Ended | None, *,
-                 group: bool, spared: bool) -> None:
-        self.loop, self.pid, self.pipe, self.then = loop, pid, pipe, then
-        self.due = loop.clock.now() + limit  # when it is killed, and its owner told
-        self.group = group  # is its process group killed with it?
-        self.spared = spared  # does it live on when its owner has been told of its limit?
-        self.output = bytearray()
-        loop.selector.register(pipe, selectors.EVENT_READ, self.ready)
-        loop.children[pid] = self
-
-    def ready(self, _events: int = 0) -> bool:
-        """Take in what the child has written; was there anything?"""
-        if self.pipe < 0:
-            return False
-        try:
-            data = os.read(self.pipe, CHUNK)
-        except BlockingIOError:
-            return False
-        self.output += data
-        if not data:
-            self._close_pipe()
-        return bool(data)
-
-    def kill(self) -> None:
-        """End it without hearing from it; it is reaped when it has gone."""
-        self.then, self.due = None, FOR_EVER
-        self._close_pipe()
-        for kill in (os.killpg, os.kill) if self.group else (os.kill,):
-            try:
-                kill(self.pid, signal.SIGKILL)  # not reaped yet, so that this is still its number
-            except OSError:
-                pass  # too young to have made its group, or another user's by sudo
-
-    def expire(self, now: float) -> None:
-        """It has reached its limit: its owner hears so at once, unless it has ended in time.
-
-        But if the limit passed while the machine slept, or we were stopped, so did the child: its
-        answer may be on its way, and may hold a rotated token.
-        """
-        if self.reap():
-            return
-        if now > self.due + LATE:
-            self.due = now + AFTER_SLEEP
-            return
-        then = self.then
-        if self.spared:
-            self.due = FOR_EVER  # and its owner hears of its end, too
-        else:
-            self.kill()
-        self.loop.tell(then, None, b"")
-
-    def reap(self) -> bool:
-        """Has it ended? Then its owner hears how."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if not pid:
-            return False
-        del self.loop.children[self.pid]
-        while self.ready():
-            pass  # what it wrote last
-        self._close_pipe()
-        then, self.then = self.then, None  # its number may be another's from here on
-        self.loop.tell(then, os.waitstatus_to_exitcode(status), bytes(self.output))
-        return True
-
-    def _close_pipe(self) -> None:
-        if self.pipe >= 0:
-            self.loop.selector.unregister(self.pipe)
-            os.close(self.pipe)
-            self.pipe = -1
-
-
-class TokenRequest(Record):
-    """A token request that waits for its turn or runs."""
-
-    work: Callable[[], bytes]
-    host: str
-    kind: str  # "code", which is urgent, or "refresh"
-    then: Callable[[bytes], None]
-    child: Child | None = None
-
-
-class Command(Record):
-    """A shell command that waits to be started, at `due` again, or runs."""
-
-    start: Callable[[], Child]
-    due: float = 0
-    child: Child | None = None
-
-
-def loop_signals() -> tuple[signal.Signals, ...]:
-    """The signals that the loop heeds."""
-    return (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-class Loop:
-    """Waits for sockets, children, signals and moments, and calls who waits for them."""
-
-    def __init__(self, clock: Clock, log: Callable[[int, str], None],
-                 descriptors: int = DESCRIPTORS) -> None:
-        self.clock, self.log = clock, log
-        self.descriptors = descriptors  # the soft limit that commands get back
-        self.selector = selectors.DefaultSelector()
-        # The oldest of each kind come first.
-        self.exchanges: dict[str, dict[Exchange, None]] = {kind: {} for kind in CONNECTIONS}
-        self.large: Exchange | None = None  # the one that reads a long request
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        # For each kind of peer, the oldest first.
+        self.exchanges: dict[str, dict[Exchange, None]] = {peer: {} for peer in CAPS}
         self.paused: list[Listener] = []
-        self.children: dict[int, Child] = {}
-        self.unforked: list[Callable[[], None]] = []  # tells those who could have no child
-        self.fork_failed = False  # at the last try?
-        self.requests: list[TokenRequest] = []
-        self.starting = False  # may one of them have its turn to be started?
-        self.commands: list[Command] = []  # that wait to be started
-        self.signals = loop_signals()
-        self.flags: set[int] = set()  # those that came
-        self.grace_ends = FOR_EVER  # once stopping: when we end whatever is in flight
-        self.bell, self.rung = socket.socketpair()
 
-    # Signals: a handler adds to a set, and its byte on a socket pair ends the wait. The byte is a
-    # bell, not a message.
+    def deadline(self) -> float:
+        return min([*(exchange.due for exchange in self.all()),
+                    *(listener.due for listener in self.paused)], default=FOR_EVER)
 
-    def catch_signals(self) -> None:
-        """From now on these signals are the loop's, blocked ones too (a mask survives exec)."""
-        for end in (self.bell, self.rung):
-            end.setblocking(False)
-        self.selector.register(self.rung, selectors.EVENT_READ, lambda _: self.rung.recv(CHUNK))
-        signal.set_wakeup_fd(self.bell.fileno(), warn_on_full_buffer=False)
-        for number in self.signals:
-            signal.signal(number, lambda number, _frame: self.flags.add(number))
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-    def heed_signals(self, authenticator: Authenticator) -> None:
-        """Do what the signals that have come ask for."""
-        flags, self.flags = self.flags, set()  # taken first: a later signal has its own turn
-        if flags & {signal.SIGTERM, signal.SIGINT}:
-            self.grace_ends = self.clock.now() if authenticator.stopping else FOR_EVER
-            authenticator.stopping = True
-        if signal.SIGCHLD in flags:
-            for child in list(self.children.values()):
-                child.reap()
-        if signal.SIGHUP in flags and not authenticator.stopping:
-            authenticator.hang_up()
-
-    # The loop itself.
-
-    def run(self, authenticator: Authenticator, each_pass: Callable[[], None]) -> None:
-        """Serve until the authenticator is stopping, and what is in flight has had its grace."""
-        while not self.finished(authenticator):
-            try:
-                patience = self.patience(authenticator)
-                if patience == 0:
-                    self.run_due(authenticator)
-            except Exception:  # a bug of ours, which must neither make it spin nor keep others out
-                self.log(ERROR, "Something due was lost to a bug: " + stack_trace())
-                patience = PAUSE
-            try:
-                ready = self.selector.select(patience)
-                if self.flags:  # before what may raise at every pass
-                    self.heed_signals(authenticator)
-                for key, events in ready:
-                    key.data(events)
-                each_pass()
-            except Exception:  # a bug of ours, which must not end the daemon, nor make it spin
-                self.log(ERROR, "Something was lost to a bug: " + stack_trace())
-                time.sleep(PAUSE)
-
-    def finished(self, authenticator: Authenticator) -> bool:
-        """Is it time to end? A rotated refresh token must reach the dump of token_event_cmd."""
-        if not authenticator.stopping:
-            return False
-        if self.grace_ends == FOR_EVER:
-            self.grace_ends = self.clock.now() + GRACE
-        in_flight = any(request.child is not None for request in self.requests)
-        return not (in_flight or authenticator.busy()) or self.clock.now() >= self.grace_ends
-
-    def patience(self, authenticator: Authenticator) -> float | None:
-        """How long the loop may sleep; 0: something is due; None: until somebody comes."""
-        if self.unforked or self.starting or self.flags:
-            return 0
-        moment = self.grace_ends if authenticator.stopping else authenticator.deadline()
-        timed: tuple[Iterable[Any], ...] = (
-            *self.exchanges.values(), self.children.values(), self.commands, self.paused)
-        for some in timed:
-            for one in some:
-                moment = min(moment, one.due)
-        return None if moment == FOR_EVER else max(0, min(LONGEST_SLEEP, moment - self.clock.now()))
-
-    def run_due(self, authenticator: Authenticator) -> None:
-        """End what has reached its limit, tell who could have no child, start what waits for its
-        turn, accept connections again, and have the authenticator do what is due."""
-        now = self.clock.now()
-        for exchange in [exchange for some in self.exchanges.values() for exchange in some
-                         if exchange.due <= now]:
-            exchange.close()
-        for child in [child for child in self.children.values() if child.due <= now]:
-            child.expire(now)
-        unforked, self.unforked = self.unforked, []
-        for tell in unforked:
-            tell()
-        for command in [one for one in self.commands if one.due <= now][:COMMANDS_A_PASS]:
-            self._start_command(command)
-        if self.starting:
-            self._start_request()
+    def run_due(self) -> None:
+        """Close the connections whose time is up, and accept again where that was paused."""
+        now = self.loop.clock.now()
+        for exchange in self.all():
+            if exchange.due <= now:
+                exchange.close()
         for listener in [listener for listener in self.paused if listener.due <= now]:
-            self._resume(listener)
-        if not authenticator.stopping:
-            authenticator.run_due()
+            listener.due = now + PAUSE
+            with suppress(OSError):  # there is still no memory
+                self.loop.selector.register(listener.sock, selectors.EVENT_READ, listener.accept)
+                self.paused.remove(listener)
 
-    def tell(self, then: Ended | None, status: int | None, output: bytes) -> None:
-        """Tell who waits for a child, if anybody does, how it ended."""
-        try:
-            if then is not None:
-                then(status, output)
-        except Exception:  # a bug of ours, which must not end the daemon
-            self.log(ERROR, "An outcome was lost to a bug: " + stack_trace())
+    def all(self) -> list[Exchange]:
+        return [exchange for some in self.exchanges.values() for exchange in some]
 
-    # Connections: a cap for each kind, and what happens when descriptors run out.
-
-    def make_room(self, kind: str) -> bool:
-        """Is there room for one more? At the cap the one that has been reading longest must go, or
-        if none reads, the oldest that is not waiting for its answer."""
-        exchanges = self.exchanges[kind]
-        if len(exchanges) < CONNECTIONS[kind]:
+    def make_room(self, peer: str) -> bool:
+        """Whether one more may come: at the cap, the one that has been reading longest must go."""
+        exchanges = self.exchanges[peer]
+        if len(exchanges) < CAPS[peer]:
             return True
         victim = next((exchange for exchange in exchanges if exchange.state != "parked"), None)
         victim = next((exchange for exchange in exchanges if exchange.state == "reading"), victim)
@@ -2430,153 +2411,16 @@ class Loop:
             victim.close()
         return victim is not None
 
-    def admit_large(self, exchange: Exchange) -> None:
-        """Let an exchange read a long request. Raises RequestError if another does: 256 dumps of
-        16 MiB at once would be 4 GiB."""
-        if self.large not in (None, exchange):
-            raise RequestError("Another dump is being restored: try again in a moment")
-        self.large = exchange
-
-    def closed(self, exchange: Exchange) -> None:
-        """An exchange has ended, so that there is room again."""
-        del self.exchanges[exchange.kind][exchange]
-        if self.large is exchange:
-            self.large = None
-        for listener in self.paused[:]:
-            self._resume(listener)
-
     def pause(self, listener: Listener) -> None:
-        """Descriptors or memory have run out: accept no more until some are free or time passed."""
-        self.log(WARNING, "Out of descriptors or memory: accepting connections is paused")
-        self.selector.unregister(listener.sock)
+        """Accept no more until a second has passed."""
+        self.loop.log(WARNING, "Out of descriptors or memory: accepting connections is paused")
+        self.loop.selector.unregister(listener.sock)
         self.paused.append(listener)
-        listener.due = self.clock.now() + PAUSE
-
-    def _resume(self, listener: Listener) -> None:
-        try:
-            self.selector.register(listener.sock, selectors.EVENT_READ, listener.ready)
-        except OSError:
-            listener.due = self.clock.now() + PAUSE  # there is still no memory
-        else:
-            self.paused.remove(listener)
-
-    # Children.
-
-    def fork(self, work: Callable[[], bytes], limit: float, then: Ended, *, group: bool = False,
-             spared: bool = False, nice: int = 0) -> Child:
-        """Run work() in a child; then(exit status, what work returned) once it has ended, on a
-        later pass.
-
-        After `limit` seconds then(None, b""), and it is killed: with its group if `group`, not at
-        all if it is spared. Raises OSError if there can be no child.
-        """
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)  # or the young child's ring our bell
-        try:
-            reader, writer = os.pipe()
-            try:
-                pid = os.fork()
-            except OSError:
-                os.close(reader)
-                os.close(writer)
-                raise
-            if pid == 0:
-                run_child(work, writer, FOR_EVER if spared else limit, nice)
-        except OSError as error:
-            if not self.fork_failed:  # told once, for there may be hundreds
-                self.log(ERROR, f"Cannot start another process: {error.strerror}")
-            self.fork_failed = True
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
-        self.fork_failed = False
-        os.close(writer)
-        os.set_blocking(reader, False)
-        try:
-            return Child(self, pid, reader, limit, then, group=group, spared=spared)
-        except OSError:  # no memory to watch its pipe with; it has hardly begun
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            os.close(reader)
-            raise
-
-    def post(self, uri: str, form: Fields, urgent: bool,
-             then: Callable[[bytes], None]) -> Cancel:
-        """Start a token request in a child once there is a slot; code exchanges are urgent."""
-        host, kind = urllib.parse.urlsplit(uri).netloc, "code" if urgent else "refresh"
-        request = TokenRequest(partial(post_form, uri, form), host, kind, then)
-        self.requests.append(request)
-        self.starting = True
-        return partial(self._cancel, self.requests, request)
-
-    def _cancel(self, queue: list[Any], job: TokenRequest | Command) -> None:
-        """Have a job never start, or kill its child; nothing if it has ended."""
-        if job in queue:
-            queue.remove(job)
-        if job.child is not None and job.child.then is not None:
-            job.child.kill()
-        self.starting = True  # a slot may have come free
-
-    def _start_request(self) -> None:
-        """Start the request whose turn it is, one a pass, for a fork takes a millisecond or two.
-
-        The urgent come first, for which some slots are kept free, then those of the hosts that have
-        the fewest, so that a host which hangs does not hold up the others.
-        """
-        hosts = [request.host for request in self.requests if request.child is not None]
-        able = [request for request in self.requests
-                if request.child is None and len(hosts) < TOKEN_REQUESTS[request.kind]
-                and hosts.count(request.host) < HOST_REQUESTS[request.kind]]
-        self.starting = bool(able) and self.grace_ends == FOR_EVER
-        if not self.starting:
-            return  # at the end it would be killed with us, and may hold a rotated token by then
-        request = min(able, key=lambda one: (one.kind, hosts.count(one.host)))
-        posted = partial(self._posted, request)
-        try:
-            request.child = self.fork(request.work, TOKEN_REQUEST_LIMIT, posted, nice=NICE)
-        except OSError as error:
-            self.requests.remove(request)
-            reason = f"cannot start another process: {error.strerror}"
-            self.unforked.append(partial(self.tell, posted, None, reason.encode()))
-
-    def _posted(self, request: TokenRequest, status: int | None, output: bytes) -> None:
-        if request in self.requests:
-            self.requests.remove(request)
-        self.starting = True
-        if status != 0:
-            why = f"the process that asked {request.host} ended with status {status}"
-            if status is None:
-                limit = f"no answer from {request.host} within {TOKEN_REQUEST_LIMIT} s"
-                why = output.decode() or limit
-            output = outcome_bytes(0, 0, False, why.encode())
-        request.then(output)
-
-    def run_command(self, command: str, variables: Fields, limit: float, then: Ended, *,
-                    spared: bool = False) -> Cancel:
-        """Run a shell command in a child; at its limit its process group is killed, or, if it is
-        spared, nobody. One without a limit is killed alone: it may have opened a browser."""
-        work = partial(run_command, command, variables, self.descriptors)
-        group = limit < FOR_EVER and not spared
-        waiting = Command(lambda: self.fork(work, limit, then, group=group, spared=spared))
-        self.commands.append(waiting)
-        return partial(self._cancel, self.commands, waiting)
-
-    def _start_command(self, command: Command) -> None:
-        try:
-            command.child = command.start()
-        except OSError:
-            command.due = self.clock.now() + FORK_RETRY  # the dump that it makes may matter
-        else:
-            self.commands.remove(command)
-
-    def close_exchanges(self) -> None:
-        """Close every connection."""
-        for exchange in [exchange for some in self.exchanges.values() for exchange in some]:
-            exchange.close()
+        listener.due = self.loop.clock.now() + PAUSE
 
 
 # ---- Paths and standard streams ----
-# What server and client share. A client needs nothing else of this file but ask(), so nothing here
-# imports anything dear.
+# What server and client share; nothing here imports anything that would slow a client down.
 
 SOCKET_NAME = "pizauth.sock"
 
@@ -2596,7 +2440,7 @@ def runtime_directory() -> str:
 
 
 def check_directory(path: str) -> None:
-    """Raise PizauthError unless a path is a real directory of our user's: else it is a trap."""
+    """Raise PizauthError unless this is a real directory of our user's: it might be a trap."""
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode):
         raise PizauthError(f"{path} is not a directory (a symbolic link does not count): remove it")
@@ -2605,99 +2449,73 @@ def check_directory(path: str) -> None:
 
 
 def complain(text: str) -> None:
-    """Write a message to standard error, whether or not it is open, in UTF-8."""
+    """Write a message to standard error, in UTF-8."""
     try:
         write_all(2, text.encode("utf-8", "replace") + b"\n")
     except OSError:
-        pass  # nobody listens
+        pass  # it is closed, or nobody reads it
 
 
 def put(data: bytes | str) -> None:
     """Write to standard output, in UTF-8 whatever the locale. Raises PizauthError."""
-    if isinstance(data, str):
-        data = data.encode("utf-8", "surrogateescape")
     try:
-        write_all(1, data)
+        write_all(1, data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
     except OSError as error:
         raise PizauthError(f"Cannot write to standard output: {error.strerror}") from None
 
 
 # ---- Server ----
-# Start-up goes from what is cheap to refuse to what others see: the directory, the lock, the
-# configuration, the sockets; then the terminal is let go, and what failed until then has been said
-# on it.
+# The process that will serve is forked first. It takes the directory, the lock, the configuration
+# and the sockets while it can still complain on the terminal; then it lets go of that.
+
+PORT_TRIES = 10  # Ports tried until one is free for both loopback families.
+MINT_LIMIT = 30  # Seconds to make a certificate.
+STARTUP_PATIENCE = 60  # Seconds that READY=1 waits for startup_cmd, which may run for ever.
+GRACE = 2  # Seconds at the end for results that are on their way, and their token_event_cmd.
+SOCKET_CHECK = 60  # Seconds between two looks at the control socket, while the loop is awake.
 
 
 class Log:
-    """Called with a level and a message; messages above the verbosity are dropped.
-
-    It never waits: what a full pipe or a syslog that hangs cannot take is lost, and counted. (The
-    libc's syslog(3) would wait for ever, and with it every mail program.)
-    """
+    """Called with a level and a message; drops those above the verbosity. It never waits, as
+    syslog(3) would: what a full pipe or a hanging syslog does not take is lost."""
 
     LEVELS = (("ERROR", 3), ("WARNING", 4), ("INFO", 6), ("DEBUG", 7), ("TRACE", 7))
     SYSLOG = ("/dev/log", "/var/run/log", "/var/run/syslog")
 
     def __init__(self, verbosity: int, descriptor: int = 2) -> None:
         self.verbosity, self.descriptor = verbosity, descriptor
-        if os.isatty(descriptor):  # whose reader may have typed Ctrl-S
-            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
-            try:
-                self.descriptor = os.open(os.ttyname(descriptor), flags)
-            except OSError:
-                pass  # another user's since su, or of another mount namespace
         self.syslog: socket.socket | None = None
-        self.lost = 0
 
     def __call__(self, level: int, message: str) -> None:
-        if level > self.verbosity:
-            return
-        for line in map(printable, message.splitlines()):
-            told = f"{self.lost} messages were lost: the log was full"
-            if self.lost and self.tell(WARNING, told):
-                self.lost = 0
-            self.lost += not self.tell(level, line)
-
-    def tell(self, level: int, line: str) -> bool:
-        """Was there room for a line?"""
         name, priority = self.LEVELS[level]
-        if self.syslog is not None:
-            return self.send(f"<{8 + priority}>{time.strftime('%b %e %H:%M:%S')}"  # 8: user's
-                             f" pizauth[{os.getpid()}]: {line}".encode("utf-8", "replace"))
-        text = f"{name} - {line}".encode("utf-8", "replace")[: select.PIPE_BUF - 1]
-        try:
-            if not select.select((), (self.descriptor,), (), 0)[1]:
-                return False
-            write_all(self.descriptor, text + b"\n")
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass  # nobody listens
-        return True
-
-    def send(self, datagram: bytes) -> bool:
-        """Hand a message to syslog (RFC 3164); where none runs it is dropped, which is no error."""
-        assert self.syslog is not None
-        for path in self.SYSLOG:
-            try:
-                self.syslog.sendto(datagram, path)
-                break
-            except OSError as error:
-                if error.errno in (errno.EAGAIN, errno.ENOBUFS):
-                    return False
-        return True
+        for line in map(printable, message.splitlines() if level <= self.verbosity else ()):
+            if self.syslog is None:
+                self._write(f"{name} - {line}")
+            else:
+                self._send(self.syslog, priority, line)
 
     def use_syslog(self) -> None:
-        """From now on messages go to syslog, and the terminal is let go."""
-        if self.descriptor > 2:
-            os.close(self.descriptor)
-            self.descriptor = 2
+        """From now on messages go to syslog; if none runs, they are dropped."""
         self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.syslog.setblocking(False)
 
+    def _write(self, line: str) -> None:
+        text = line.encode("utf-8", "replace")[: select.PIPE_BUF - 1]
+        with suppress(OSError):  # nobody reads it
+            if select.select((), (self.descriptor,), (), 0)[1]:  # there is room for PIPE_BUF bytes
+                write_all(self.descriptor, text + b"\n")
+
+    def _send(self, syslog: socket.socket, priority: int, line: str) -> None:
+        """Send a datagram of RFC 3164, of the facility `user`."""
+        head = f"<{8 + priority}>{time.strftime('%b %e %H:%M:%S')} pizauth[{os.getpid()}]: "
+        for path in self.SYSLOG:
+            with suppress(OSError):  # it hangs, or is elsewhere
+                syslog.sendto((head + line).encode("utf-8", "replace"), path)
+                return
+
 
 def config_path(given: str | None) -> str:
-    """Where the configuration is, given or by the XDG rules."""
+    """The path of the configuration: given, or by the XDG rules."""
     if given is not None:
         return given
     directory = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
@@ -2705,19 +2523,17 @@ def config_path(given: str | None) -> str:
 
 
 def load_config(path: str, reloading: bool = False) -> Config:
-    """Read and parse a configuration file. Raises PizauthError with the path."""
+    """Read and parse a file, to reload a regular one: a pipe could block. Raises PizauthError."""
     try:
         more = os.O_NONBLOCK if reloading else 0
         with open(path, "rb", opener=lambda path, flags: os.open(path, flags | more)) as file:
             if reloading and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise PizauthError(f"{path} is no file, and only a file can be read anew")
-            data = file.read(CONFIG_LIMIT + 1)
+                raise PizauthError(f"{path} is no regular file, which a reload needs")
+            data = file.read()
     except FileNotFoundError:
         raise PizauthError(f"No config file found at {path}") from None
     except OSError as error:
         raise PizauthError(f"Cannot read the configuration {path}: {error.strerror}") from None
-    if len(data) > CONFIG_LIMIT:
-        raise PizauthError(f"{path} has more than {CONFIG_LIMIT >> 20} MiB: is it the right file?")
     try:
         return parse(decode_config(data))
     except ConfigError as error:
@@ -2725,80 +2541,71 @@ def load_config(path: str, reloading: bool = False) -> Config:
 
 
 def make_runtime_directory() -> str:
-    """Our socket's directory, made if need be; refused unless it and its parent are ours alone."""
+    """The directory of our socket, made if need be. Raises PizauthError unless it is ours alone."""
     directory = runtime_directory()
     above = [] if os.environ.get("XDG_RUNTIME_DIR") else [os.path.dirname(directory)]
     for path in [*above, directory]:
         try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            pass
-        except OSError as error:
-            raise PizauthError(f"Cannot make the directory {path}: {error.strerror}") from None
-        check_directory(path)
-        try:
+            try:
+                os.mkdir(path, 0o700)
+            except FileExistsError:
+                check_directory(path)
             os.chmod(path, 0o700)
         except OSError as error:
-            raise PizauthError(
-                f"Cannot make the directory {path} private: {error.strerror}") from None
+            raise PizauthError(f"Cannot make the directory {path}, mode 0700:"
+                               f" {error.strerror}") from None
     return directory
 
 
 def take_lock(directory: str) -> int:
-    """A descriptor holding the lock. Raises PizauthError if a server runs, with a lock or not."""
+    """A descriptor with the lock; its file has our number. Raises PizauthError if a server runs."""
     path = os.path.join(directory, "pizauth.lock")
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         keep_from_sweepers(path)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_served(os.path.join(directory, SOCKET_NAME)):  # by the original, which has no lock
+            raise BlockingIOError
     except BlockingIOError:
         raise PizauthError("pizauth authenticator already running") from None
     except OSError as error:
         raise PizauthError(f"Cannot lock {path}: {error.strerror}") from None
-    if is_served(os.path.join(directory, SOCKET_NAME)):  # by the original, which has no lock
-        raise PizauthError("pizauth authenticator already running")
-    return lock  # no socket is there, or one that a killed server left behind
+    with suppress(OSError):  # a full disk does not keep us from serving
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+    return lock
 
 
 def is_served(path: str) -> bool:
-    """Does anybody listen on a Unix socket?"""
+    """Whether anybody listens on a Unix socket."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except BlockingIOError:
-            pass  # one that is too busy to take us runs all the same
-        except OSError:
-            return False
-    return True
+        return probe.connect_ex(path) in (0, errno.EAGAIN)  # EAGAIN: too busy, but it runs
 
 
 def file_id(path: str) -> tuple[int, int] | None:
-    """What tells a file from one that takes its place; None if there is none."""
-    try:
+    """Tells a file from another that takes its place; None if there is none."""
+    with suppress(OSError):
         status = os.lstat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino
+    return None
 
 
 def keep_from_sweepers(path: str) -> None:
-    """Set the sticky bit, which tells cleaners of runtime directories to leave a file alone."""
-    try:
+    """Set the sticky bit, which keeps cleaners of runtime directories away from a file."""
+    with suppress(OSError):  # the BSDs allow that bit to root alone
         os.chmod(path, 0o1600)
-    except OSError:
-        pass  # the BSDs keep that bit for root
 
 
 def bind_control(path: str) -> socket.socket:
-    """The control socket, which only its user can open, in place of one that nobody serves."""
+    """The control socket, which only its user can open; a file in its place is removed."""
     sock = socket.socket(socket.AF_UNIX)
     umask = os.umask(0o077)
     try:
         if os.path.lexists(path):
             os.unlink(path)
         sock.bind(path)
-        sock.listen(CONNECTIONS["control"])
+        sock.listen(CAPS["control"])
     except OSError as error:
         sock.close()
         raise PizauthError(f"Cannot listen on {path}: {error.strerror or error}") from None
@@ -2808,16 +2615,20 @@ def bind_control(path: str) -> socket.socket:
     return sock
 
 
-def bind_redirect(option: str, addresses: tuple[tuple[str, int], ...]) -> list[socket.socket]:
-    """The sockets of a redirect listener, all with one port; only the first address must be had."""
+def bind_redirect(option: str, addresses: Addresses, reloading: bool) -> list[socket.socket]:
+    """The sockets of a redirect listener, all with one port. Raises PizauthError if the first
+    address cannot be had; the others may be missing. A reload must not wait to look names up."""
     (host, port), *others = addresses
     for _ in range(PORT_TRIES):
         try:
-            sockets = [bind_inet(host, port)]
+            sockets = [bind_inet(host, port, socket.AI_NUMERICHOST if reloading else 0)]
         except (OSError, UnicodeError) as error:
             reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-            raise PizauthError(
-                f"Cannot listen on {option} \"{host}:{port}\": {reason}") from error
+            if reloading and isinstance(error, socket.gaierror):
+                reason = "names are looked up only at start: restart, or write a numeric address"
+            elif reloading and getattr(error, "errno", None) == errno.EADDRINUSE:
+                reason += " (if by this server's own listener, restart it)"
+            raise PizauthError(f"Cannot listen on {option} \"{host}:{port}\": {reason}") from None
         try:
             return sockets + [bind_inet(other, sockets[0].getsockname()[1]) for other, _ in others]
         except OSError as error:
@@ -2827,241 +2638,22 @@ def bind_redirect(option: str, addresses: tuple[tuple[str, int], ...]) -> list[s
     raise PizauthError(f"Cannot listen on {option}: every port is taken on {others[0][0]}")
 
 
-def bind_inet(host: str, port: int) -> socket.socket:
+def bind_inet(host: str, port: int, flags: int = 0) -> socket.socket:
     """A TCP socket that listens on one family alone. Raises OSError or UnicodeError."""
-    name = host.encode("ascii" if host.isascii() else "idna")  # a str loads tables of 0.3 MiB
-    family = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][0]
-    return socket.create_server((name, port), family=family, backlog=CONNECTIONS["browser"])
-
-
-NEEDS = ("needs the Python package cryptography: install it, for instance as python3-cryptography"
-         " or with pip")
-
-
-class Server:
-    """The daemon: the loop, the authenticator and the sockets between them."""
-
-    def __init__(self, path: str, verbosity: int, minting_pipe: int) -> None:
-        self.path, self.log, self.clock = path, Log(verbosity), Clock()
-        self.descriptors = limit_resources(DESCRIPTORS)
-        self.directory = make_runtime_directory()
-        self.control_path = os.path.join(self.directory, SOCKET_NAME)
-        self.lock = take_lock(self.directory)
-        self.config = load_config(path)
-        self.context: ssl.SSLContext | None = None
-        self.about_https: Fields = {}
-        self.https_missing = False  # is `cryptography` not there?
-        if self.config.https_listen:
-            self.set_up_https(self.config, minting_pipe)
-        self.redirects: dict[str, list[Listener]] = {"http": [], "https": []}
-        self.bound = self.bind_redirects(self.config, None)
-        # From here on a signal must not end us without run(), which takes it up again.
-        signal.pthread_sigmask(signal.SIG_BLOCK, loop_signals())
-        self.control_socket = bind_control(self.control_path)
-        self.stopping_told = self.ready_told = False
-
-    def set_up_loop(self) -> None:
-        """Make what does not survive a fork everywhere: a kqueue is not inherited."""
-        self.loop = Loop(self.clock, self.log, self.descriptors)
-        self.authenticator = Authenticator(
-            self.config, self.clock, self.loop.post, self.loop.run_command, self.log)
-        self.authenticator.reload = self.reload
-        self.authenticator.about_https = self.about_https
-        self.authenticator.ports = self.adopt(self.bound)
-        self.listen_to_clients(self.control_socket)
-
-    # The redirect listeners.
-
-    def set_up_https(self, config: Config, minting_pipe: int) -> None:
-        """Have TLS with the minted certificate; without `cryptography` only if nobody needs it."""
-        with open(minting_pipe, "rb", closefd=False) as file:
-            self.about_https = json.loads(file.read() or b"{}")  # nothing: that child has failed
-        if self.about_https:
-            self.context = tls_context(self.about_https.pop("pem"), self.directory)
-        else:
-            self.do_without_https(config, f"which {NEEDS}")
-            self.https_missing = True
-            complain(f"WARNING - HTTPS is off: it {NEEDS}, or set https_listen = none")
-
-    def do_without_https(self, config: Config, why: str) -> None:
-        """Raise PizauthError if an account's redirect needs what this server cannot have."""
-        for name, account in config.accounts.items():
-            if split_uri(account.redirect_uri).scheme == "https":
-                raise PizauthError(f"Account {printable(name)} has an 'https' redirect, {why}")
-
-    def bind_redirects(self, config: Config, before: Config | None) -> dict[str, list[Any]]:
-        """Sockets for the redirect listeners whose addresses have changed: all, or PizauthError."""
-        wanted = {scheme: getattr(config, f"{scheme}_listen") for scheme in self.redirects}
-        if before is not None:
-            wanted = {scheme: addresses for scheme, addresses in wanted.items()
-                      if addresses != getattr(before, f"{scheme}_listen")}
-            for scheme, addresses in wanted.items():
-                self.check_reloadable(f"{scheme}_listen", addresses)
-        if self.context is None and (before is None or self.https_missing):
-            wanted["https"] = ()
-        bound: dict[str, list[Any]] = {}
-        try:
-            for scheme, addresses in wanted.items():
-                option = f"{scheme}_listen"
-                bound[scheme] = bind_redirect(option, addresses) if addresses else []
-        except PizauthError as error:
-            for sock in sum(bound.values(), []):
-                sock.close()
-            in_use = getattr(error.__cause__, "errno", None) == errno.EADDRINUSE
-            hint = " (if by this server's own listener, restart it)"
-            raise PizauthError(f"{error}{hint if before and in_use else ''}") from None
-        return bound
-
-    def check_reloadable(self, option: str, addresses: tuple[tuple[str, int], ...]) -> None:
-        """Raise PizauthError for a change of listeners that only a restart can make."""
-        if addresses and option == "https_listen" and not self.context and not self.https_missing:
-            raise PizauthError("HTTPS was off when the server started: restart it to turn it on")
-        for host, _ in addresses:
-            try:
-                socket.getaddrinfo(host.encode(), None, flags=socket.AI_NUMERICHOST)
-            except OSError:
-                raise PizauthError(f"{option}: '{host}' is a name, and names are looked up only at"
-                                   " start: restart the server, or write a numeric address"
-                                   ) from None
-
-    def adopt(self, bound: dict[str, list[Any]]) -> dict[str, int | None]:
-        """Listen on these sockets in place of the old ones; the ports of all listeners."""
-        ports = dict(self.authenticator.ports)
-        for scheme, sockets in bound.items():
-            for listener in self.redirects[scheme]:
-                listener.close()
-            ports[scheme] = sockets[0].getsockname()[1] if sockets else None
-            respond = partial(self.authenticator.redirected, scheme)
-            context = self.context if scheme == "https" else None
-            self.redirects[scheme] = [
-                Listener(self.loop, sock, "browser", http_head, respond, context=context)
-                for sock in sockets]
-        return ports
-
-    def reload(self) -> None:
-        """Read the configuration anew and take it, listeners and all, or nothing of it."""
-        if self.ready_told:
-            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        try:
-            before, config = self.authenticator.config, load_config(self.path, True)
-            if self.context is None:
-                self.do_without_https(config, f"which {NEEDS}, and restart" if self.https_missing
-                                      else "but HTTPS was off when the server started: restart it")
-            self.authenticator.reconfigure(config, self.adopt(self.bind_redirects(config, before)))
-            self.log(INFO, f"Reloaded {self.path}")
-        finally:
-            if self.ready_told:
-                notify("READY=1")
-
-    # The control socket.
-
-    def listen_to_clients(self, sock: socket.socket) -> None:
-        """Serve the control socket, and remember which one is ours."""
-        self.control = Listener(
-            self.loop, sock, "control", until_eof, self.authenticator.control)
-        self.control_id = file_id(self.control_path)
-        self.control_checked = self.clock.now()
-
-    def check_socket(self) -> None:
-        """Bind anew a control socket that was swept away or replaced; end if another server has its
-        place."""
-        self.control_checked = self.clock.now()
-        if self.control_id is not None and file_id(self.control_path) == self.control_id:
-            return
-        try:
-            served = is_served(self.control_path)
-        except OSError:
-            return  # out of descriptors: the next look may tell
-        if served:
-            self.log(ERROR, f"Another server has taken over {self.control_path}: this one ends")
-            self.authenticator.stopping = True
-        else:
-            self.log(WARNING, f"{self.control_path} is gone: making it anew")
-            self.remake_socket()
-
-    def remake_socket(self) -> None:
-        """Bind the control socket anew; what is in the way of that may pass until the next look."""
-        try:
-            make_runtime_directory()
-            replaced = self.control
-            self.listen_to_clients(bind_control(self.control_path))
-            replaced.close()
-        except (PizauthError, OSError) as error:
-            self.log(ERROR, f"Cannot make the control socket anew: {error}")
-
-    # Its life.
-
-    def run(self, ready: Callable[[], None] = lambda: None) -> None:
-        """Serve until told to stop and leave nothing behind; ready() says that clients can come.
-        Raises PizauthError before that."""
-        config = self.config
-        try:
-            self.set_up_loop()
-            self.loop.catch_signals()
-            self.note_pid()
-            ready()
-        except OSError as error:
-            os.unlink(self.control_path)
-            raise PizauthError(f"Cannot start the server: {error.strerror}") from None
-        self.log(INFO, f"Serving {len(config.accounts)} account(s) on {self.control_path}")
-        if config.startup_cmd is None:
-            self.started(0, b"")
-        else:
-            self.loop.run_command(
-                config.startup_cmd, {}, STARTUP_PATIENCE, self.started, spared=True)
-        self.loop.run(self.authenticator, self.each_pass)
-        self.end()
-
-    def note_pid(self) -> None:
-        """Write our number into the lock file, for who must kill a server that hangs."""
-        try:
-            os.ftruncate(self.lock, 0)
-            os.pwrite(self.lock, b"%d\n" % os.getpid(), 0)
-        except OSError:
-            pass  # a full disk is no reason not to serve
-
-    def started(self, status: int | None, output: bytes) -> None:
-        """startup_cmd has ended, or has run long enough to be left to itself."""
-        if status or output:
-            self.log(ERROR, f"startup_cmd: {output.decode() or f'ended with status {status}'}")
-        self.ready_told = True
-        notify("READY=1")
-
-    def each_pass(self) -> None:
-        if self.authenticator.stopping and not self.stopping_told:
-            self.stopping_told = True
-            notify("STOPPING=1")
-        if self.clock.now() >= self.control_checked + SOCKET_CHECK:
-            self.check_socket()
-
-    def end(self) -> None:
-        """Close sockets, release the lock, and last let go who waits, the `shutdown` client too."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, loop_signals())  # one more changes nothing
-        self.log(INFO, "Stopping")
-        for child in self.loop.children.values():
-            child.kill()
-        for listener in [self.control, *self.redirects["http"], *self.redirects["https"]]:
-            listener.close()
-        if self.control_id is not None and file_id(self.control_path) == self.control_id:
-            os.unlink(self.control_path)
-        fcntl.flock(self.lock, fcntl.LOCK_UN)  # a child just forked may still have it open
-        os.close(self.lock)
-        self.authenticator.farewell()
-        self.loop.close_exchanges()
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)[0][0]
+    return socket.create_server((host, port), family=family, backlog=CAPS["browser"])
 
 
 def tls_context(pem: str, directory: str) -> ssl.SSLContext:
-    """A context with this key and certificate, which ssl takes from a file alone."""
+    """A context with this key and certificate, which pass through a file, as `ssl` wants it."""
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # each would cost a handshake
-    context.set_ecdh_curve("prime256v1")  # 0.3 ms; a replayed hello of ffdhe8192 would cost 120 ms
-    path = os.path.join(directory, "certificate.pem")
-    if os.path.lexists(path):
-        os.unlink(path)  # one that a killed server left; we hold the lock
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    context.set_ecdh_curve("prime256v1")  # the cheapest: others let a client cost us 120 ms
+    path = os.path.join(directory, "certificate.pem")  # a killed server may have left one
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         write_all(descriptor, pem.encode())
         context.load_cert_chain(path)
@@ -3072,63 +2664,300 @@ def tls_context(pem: str, directory: str) -> ssl.SSLContext:
 
 
 def notify(state: str) -> None:
-    """Tell the service manager, if there is one (sd_notify(3))."""
+    """Tell the service manager, if there is one (sd_notify(3)); it may take a second."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         address = "\0" + path[1:] if path.startswith("@") else path
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(1)  # it may be busy, and kills a service that is never READY
+            sock.sendto(state.encode(), address)
+
+
+class Server:
+    """The daemon: the loop, its parts, and the sockets between them. It is one of these parts."""
+
+    def __init__(self, path: str, verbosity: int, ready: Callable[[Server], None]) -> None:
+        self.path, self.log, self.clock, self.ready = path, Log(verbosity), Clock(), ready
+        self.directory = make_runtime_directory()
+        self.control_path = os.path.join(self.directory, SOCKET_NAME)
+        self.lock = take_lock(self.directory)
+        config = load_config(path)
+        close_inherited()  # not before: the configuration may come from one of them
+        self.loop = Loop(self.clock, self.log)
+        self.connections = Connections(self.loop)
+        self.children = Children(self.loop, limit_resources(DESCRIPTORS))
+        self.authenticator = Authenticator(
+            config, self.clock, self.children.post, self.children.run, self.log)
+        self.authenticator.reload = self.reload
+        self.loop.parts = [self.connections, self.children, self.authenticator, self]
+        self.loop.handlers = {
+            signal.SIGTERM: self.stop, signal.SIGINT: self.stop,
+            signal.SIGCHLD: self.children.reap,
+            signal.SIGHUP: lambda: self.reload(lambda error: None)}
+        self.context: ssl.SSLContext | None = None  # once an account has needed HTTPS
+        self.listening: dict[str, Addresses] = {"http": (), "https": ()}
+        self.redirects: dict[str, list[Listener]] = {"http": [], "https": []}
+        self.control: Listener | None = None  # once we serve
+        self.control_id: tuple[int, int] | None = None
+        self.control_checked = self.clock.now()
+        self.failure: Exception | None = None  # why we cannot start
+        self.ready_by = FOR_EVER  # when READY=1 is sent at the latest
+        self.ready_told = False
+        self.grace_ends = FOR_EVER  # once stopping: when to end whatever is in flight
+
+    # Its life.
+
+    def run(self) -> None:
+        """Serve until told to stop. Raises PizauthError or OSError if that could not begin."""
+        self.loop.catch_signals()
+        self.configure(self.authenticator.config, self._start)
+        self.loop.run(self.finished, self.check_socket)
+        self._end()
+        if self.failure is not None:
+            raise self.failure
+
+    def _start(self, error: PizauthError | None) -> None:
+        """The redirect listeners are set up, or that has failed."""
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.settimeout(1)  # it may be busy, and kills what was never READY
-                sock.sendto(state.encode(), address)
-        except OSError:
-            pass  # nobody listens
+            if error is not None:
+                raise error
+            self.listen_to_clients()
+            self.ready(self)
+        except (PizauthError, OSError) as error:
+            self.failure, self.authenticator.stopping = error, True
+            return
+        self.log(INFO, f"Serving on {self.control_path}")
+        command = self.authenticator.config.startup_cmd
+        if command is None:
+            self._tell_ready()
+        else:
+            self.ready_by = self.clock.now() + STARTUP_PATIENCE
+            self.children.run(command, {}, FOR_EVER, self._tell_ready)
+
+    def _tell_ready(self, status: int | None = 0, output: bytes = b"") -> None:
+        """There is no startup_cmd, or it has ended, or has run long enough: READY=1, once."""
+        if status or output:
+            self.log(ERROR, f"startup_cmd: {output.decode() or f'ended with status {status}'}")
+        self.ready_by = FOR_EVER
+        if not self.ready_told:
+            self.ready_told = True
+            notify("READY=1")
+
+    def deadline(self) -> float:
+        return min(self.ready_by, self.grace_ends)
+
+    def run_due(self) -> None:
+        if self.ready_by <= self.clock.now():
+            self._tell_ready()
+
+    def stop(self) -> None:
+        """Handle SIGTERM and SIGINT: the first asks to end, the second ends the grace."""
+        if self.authenticator.stopping:
+            self.grace_ends = self.clock.now()
+        self.authenticator.stopping = True
+
+    def finished(self) -> bool:
+        """Whether to end now: once told to stop, and when nothing is in flight or the grace is
+        over. A rotated refresh token must reach the dump that token_event_cmd makes."""
+        if not self.authenticator.stopping:
+            return False
+        if not self.children.stopping:
+            self.children.stopping = True
+            self.grace_ends = min(self.grace_ends, self.clock.now() + GRACE)
+            notify("STOPPING=1")
+        in_flight = self.children.in_flight() or self.authenticator.has_untold_events()
+        return not in_flight or self.clock.now() >= self.grace_ends
+
+    def _end(self) -> None:
+        """Close sockets and release the lock; then close waiting clients, `shutdown` last."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.loop.signals)  # one more changes nothing
+        self.log(INFO, "Stopping")
+        self.children.kill_all()
+        for listener in [*self.redirects["http"], *self.redirects["https"]]:
+            listener.close()
+        if self.control is not None:
+            self.control.close()
+        if self.control_id is not None and file_id(self.control_path) == self.control_id:
+            os.unlink(self.control_path)
+        fcntl.flock(self.lock, fcntl.LOCK_UN)  # a child just forked may still have it open
+        os.close(self.lock)
+        self.authenticator.answer_waiting()
+        for exchange in self.connections.all():
+            exchange.close()
+
+    # The configuration, and the redirect listeners.
+
+    def reload(self, then: Reloaded) -> None:
+        """Read the configuration anew and take all of it or nothing; then(None), or the error."""
+
+        def reloaded(error: PizauthError | None) -> None:
+            if error is None:
+                self.log(INFO, f"Reloaded {self.path}")
+            else:
+                first_line = str(error).partition("\n")[0]
+                self.log(ERROR, f"The configuration was not reloaded: {first_line}")
+            if self.ready_told:
+                notify("READY=1")
+            then(error)
+
+        if self.ready_told:
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            config = load_config(self.path, reloading=True)
+        except PizauthError as error:
+            reloaded(error)
+        else:
+            self.configure(config, reloaded)
+
+    def configure(self, config: Config, then: Reloaded) -> None:
+        """Take a configuration, with a certificate first if none was needed so far."""
+        if config.addresses("https") and self.context is None:
+            self.children.add(Job(kind="mint", work=mint_certificate, limit=MINT_LIMIT,
+                                  then=partial(self._minted, config, then)))
+        else:
+            self._take(config, "", then)
+
+    def _minted(self, config: Config, then: Reloaded, status: int | None, output: bytes) -> None:
+        """Go on with configure(); without a certificate `output` says why."""
+        no_https = output.decode("utf-8", "replace") or "making a certificate took too long"
+        if status == 0 and self.context is None:
+            about = json.loads(output)
+            try:
+                self.context = tls_context(about.pop("pem"), self.directory)
+                self.authenticator.about_https = about
+            except OSError as error:
+                no_https = f"the certificate cannot be used: {error}"
+        self._take(config, no_https, then)
+
+    def _take(self, config: Config, no_https: str, then: Reloaded) -> None:
+        """Move the listeners and take the configuration, or nothing; `no_https` may say why."""
+        wanted = {scheme: config.addresses(scheme) for scheme in self.redirects}
+        account = config.https_account()
+        try:
+            if self.context is None and account is not None:
+                raise PizauthError(f"Account {printable(account.name)} has an 'https' redirect, but"
+                                   f" {no_https}")
+            if self.context is None and wanted["https"]:
+                wanted["https"] = ()
+                warning = f"https_listen is ignored: {no_https}"
+                if self.control is None:
+                    complain(f"WARNING - {warning}")
+                else:
+                    self.log(WARNING, warning)
+            ports = self.swap_listeners(self.bind_redirects(wanted))
+        except PizauthError as error:
+            then(error)
+        else:
+            self.listening = wanted
+            self.authenticator.reconfigure(config, ports)
+            then(None)
+
+    def bind_redirects(self, wanted: dict[str, Addresses]) -> dict[str, list[socket.socket]]:
+        """Sockets for the listeners whose addresses change: all of them, or PizauthError."""
+        bound: dict[str, list[socket.socket]] = {}
+        reloading = self.control is not None
+        try:
+            for scheme, addresses in wanted.items():
+                if addresses != self.listening[scheme]:
+                    bound[scheme] = bind_redirect(
+                        f"{scheme}_listen", addresses, reloading) if addresses else []
+        except PizauthError:
+            for sock in sum(bound.values(), []):
+                sock.close()
+            raise
+        return bound
+
+    def swap_listeners(self, bound: dict[str, list[socket.socket]]) -> dict[str, int | None]:
+        """Listen on these sockets in place of the old ones; returns the ports of all listeners."""
+        ports = dict(self.authenticator.ports)
+        for scheme, sockets in bound.items():
+            for listener in self.redirects[scheme]:
+                listener.close()
+            ports[scheme] = sockets[0].getsockname()[1] if sockets else None
+            service = Service(peer="browser", frame=http_head,
+                              respond=partial(self.authenticator.redirected, scheme),
+                              context=self.context if scheme == "https" else None)
+            self.redirects[scheme] = [
+                Listener(self.connections, sock, service) for sock in sockets]
+        return ports
+
+    # The control socket.
+
+    def listen_to_clients(self) -> None:
+        """Make the control socket, in place of one that we may have. Raises PizauthError."""
+        sock, replaced = bind_control(self.control_path), self.control
+        service = Service(peer="control", frame=until_eof, respond=self.authenticator.control)
+        self.control = Listener(self.connections, sock, service)
+        self.control_id = file_id(self.control_path)
+        if replaced is not None:
+            replaced.close()
+
+    def check_socket(self) -> None:
+        """Once a minute: make a lost control socket anew; stop if another server has its place."""
+        now = self.clock.now()
+        if now < self.control_checked + SOCKET_CHECK or self.control is None:
+            return
+        self.control_checked = now
+        if self.control_id is not None and file_id(self.control_path) == self.control_id:
+            return
+        try:
+            if is_served(self.control_path):
+                self.log(ERROR, f"Another server has taken over {self.control_path}: this one ends")
+                self.authenticator.stopping = True
+                return
+            self.log(WARNING, f"{self.control_path} is gone: making it anew")
+            make_runtime_directory()
+            self.listen_to_clients()
+        except (PizauthError, OSError) as error:  # the next look may find that it has passed
+            self.log(ERROR, f"Cannot make the control socket anew: {error}")
 
 
-def daemonise(server: Server) -> None:
-    """Run a server in a child that has let go of the terminal; return once it answers clients."""
-    try:
-        reader, writer = os.pipe()
-        child = os.fork()
-    except OSError as error:
-        os.unlink(server.control_path)
-        raise PizauthError(f"Cannot start another process: {error.strerror}") from None
-    if child:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, loop_signals())
+def open_standard_streams() -> None:
+    """Open those that are closed: our sockets must not take their numbers."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
+def close_inherited() -> None:
+    """Close what our starter left open; Python's own descriptors are not inheritable."""
+    for descriptor in range(3, DESCRIPTORS):
+        with suppress(OSError):  # it is not open
+            if os.get_inheritable(descriptor):
+                os.close(descriptor)
+
+
+def daemonise(serve: Callable[[Callable[[Server], None]], None]) -> None:
+    """Run serve(ready) in a child; return once it has called ready(), or exit 1 if it has failed
+    and said why on the terminal. Raises OSError if there can be no child."""
+    reader, writer = os.pipe()
+    if os.fork():
         os.close(writer)
-        word = os.read(reader, CHUNK)
-        if word != b"!":
-            raise PizauthError(word.decode() or "The server ended before it could answer")
-        return
-    os.close(reader)
+        if not os.read(reader, 1):
+            raise SystemExit(1)
+    else:
+        os.close(reader)
+        serve(partial(leave_terminal, writer))
+
+
+def leave_terminal(writer: int, server: Server) -> None:
+    """Let go of the terminal and its session, and tell the starter that the server is ready."""
+    server.log.use_syslog()
+    null = os.open(os.devnull, os.O_RDWR)
     os.setsid()
-
-    def ready() -> None:
-        """Let go of the terminal, and give the parent our word."""
-        null = os.open(os.devnull, os.O_RDWR)
-        for standard in range(3):  # or `$(pizauth server)` would wait for us
-            os.dup2(null, standard)
-        os.close(null)
-        server.log.use_syslog()
-        try:
-            os.write(writer, b"!")
-        except OSError:
-            pass  # the parent was interrupted meanwhile
-        os.close(writer)
-
-    try:
-        server.run(ready)
-    except PizauthError as error:
-        os.write(writer, str(error).encode())  # the parent says it
-        raise SystemExit(1) from None
-    except Exception:  # a bug of ours: standard error may be /dev/null by now
-        server.log(ERROR, "The server ended: " + stack_trace())
-        raise
+    for standard in range(3):  # or `$(pizauth server)` would go on waiting
+        os.dup2(null, standard)
+    os.close(null)
+    with suppress(OSError):  # the starter was interrupted meanwhile
+        os.write(writer, b"!")
+    os.close(writer)
 
 
 # ---- Client and command line ----
-# A client is one ask(). It speaks through _socket, the half of `socket` that is C, and a plain
-# `show ACCOUNT` is answered before argparse is imported: together they would cost `show` 3 ms, a
-# quarter of the interpreter's own start. Nor is it for a plain `server`, which would keep 0.5 MiB.
+# A client sends one request. It speaks through `_socket`, the half of `socket` written in C, and a
+# plain `show ACCOUNT` builds no parser: both would cost a quarter of the interpreter's own start.
+
+CLIENT_TIMEOUT = 10  # Seconds that a client waits for the server's next byte.
 
 
 def ask(request: bytes) -> bytes:
@@ -3139,7 +2968,7 @@ def ask(request: bytes) -> bytes:
     reply = bytearray()
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
-        check_directory(directory)  # else whoever made it would be handed our requests, even dumps
+        check_directory(directory)  # whoever made another would be handed our requests, even dumps
         sock.settimeout(CLIENT_TIMEOUT)
         sock.connect(os.path.join(directory, SOCKET_NAME))
         try:
@@ -3156,30 +2985,33 @@ def ask(request: bytes) -> bytes:
     return bytes(reply)
 
 
-def asked(verb: bytes, rest: bytes = b"", kind: bytes = b"ok") -> str:
-    """The text of a reply of this kind. Raises PizauthError for an error, or without a token."""
-    got, _, raw = ask(verb + b":" + rest).partition(b":")
+def request(verb: bytes, rest: bytes = b"", kind: bytes = b"ok") -> str:
+    """The text of a reply of this kind. Raises PizauthError with the reason if it is another."""
+    reply = ask(verb + b":" + rest)
+    got, _, raw = reply.partition(b":")
     text = raw.decode("utf-8", "replace")
     if got == b"error":
         raise PizauthError(text)
     if got == b"pending":
         raise PizauthError(f"Access token unavailable until authorised with URL {text}".rstrip())
+    if not reply:
+        raise PizauthError("The server ended before it answered")
     if got != kind:
-        raise PizauthError("The server gave no answer that makes sense: is it another version?")
+        raise PizauthError("The server's answer makes no sense: is it another version?")
     return text
 
 
 def about(options: argparse.Namespace) -> bytes:
-    """The rest of a request about an account, in which its URL is wanted or not."""
+    """The rest of a request about an account: whether its URL is wanted, and its name."""
     return (b"withouturl " if options.without_url else b"withurl ") + os.fsencode(options.account)
 
 
 def print_token(rest: bytes) -> None:
-    put(asked(b"showtoken", rest, b"access_token") + "\n")
+    put(request(b"showtoken", rest, b"access_token") + "\n")
 
 
 def info(options: argparse.Namespace) -> None:
-    """Where things are, and what the running server says of itself; no server is no error."""
+    """Print where things are, and what the running server says of itself; none is no error."""
     import json
 
     try:
@@ -3189,108 +3021,74 @@ def info(options: argparse.Namespace) -> None:
     cache, config = runtime_directory(), config_path(options.config)
     if options.json:
         summary = {
-            "cache_directory": cache,
-            "config_file": config,
-            "executed_as": sys.argv[0],
-            "info_format_version": 2,
-            "pizauth_version": VERSION,
-            "server_running": bool(server_info),
-            **({"server_info": server_info} if server_info else {}),
-        }
-        return put(json.dumps(summary, indent=2) + "\n")
+            "cache_directory": cache, "config_file": config, "executed_as": sys.argv[0],
+            "info_format_version": 2, "pizauth_version": VERSION,
+            "server_running": bool(server_info)}
+        summary.update({"server_info": server_info} if server_info else {})
+        put(json.dumps(summary, indent=2) + "\n")
+        return
     titles = {"http_port": "HTTP port", "https_port": "HTTPS port",
               "https_pub_key": "HTTPS public key", "https_cert_sha256": "HTTPS certificate SHA-256"}
     put("\n".join([
-        f"{os.path.basename(sys.argv[0])} version {VERSION}:",
-        f"  cache directory: {cache}",
-        f"  config file: {config}",
-        "server running:" if server_info else "server not running",
-        *[f"  {titles[key]}: {server_info[key]}" for key in titles if key in server_info],
-        "",
-    ]))
+        f"{os.path.basename(sys.argv[0])} version {VERSION}:", f"  cache directory: {cache}",
+        f"  config file: {config}", "server running:" if server_info else "server not running",
+        *[f"  {titles[key]}: {server_info[key]}" for key in titles if key in server_info], ""]))
 
 
 def dump(options: argparse.Namespace) -> None:
+    """Print a dump. A truncated one must not replace a good one, so it is checked first."""
+    server_imports()
     reply = ask(b"dump:")
     if not reply or reply.startswith(b"error:"):
         why = reply.decode("utf-8", "replace").replace("error:", ": ", 1)
         raise PizauthError(f"The server gave no dump{why}")
-    check_seal(reply)  # the server may have ended amid it, and an older dump be overwritten
+    check_dump(reply)
     put(reply)
 
 
 def restore(options: argparse.Namespace) -> None:
-    """Send a dump to the server, all of it read before the server is bothered."""
+    """Send a dump to the server, once all of it has been read."""
     data = bytearray()
     try:
         while piece := os.read(0, CHUNK):
             data += piece
     except OSError as error:
         raise PizauthError(f"Cannot read standard input: {error.strerror}") from None
-    asked(b"restore", bytes(data))
+    request(b"restore", bytes(data))
 
 
-def server(config: str | None, verbosity: int, foreground: bool) -> None:
-    """Run the daemon, in the foreground or in a child whose word is waited for."""
-    import signal
+def server(options: argparse.Namespace) -> None:
+    """Run the daemon, in the foreground or in a child."""
+    server_imports()
+    open_standard_streams()
 
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it may be inherited as ignored
-    path = config_path(config)
-    while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # a standard stream was closed, and our sockets must not take its number
-    given = path.rpartition("/")[2] if path.startswith("/dev/fd/") else ""  # -c <(decrypt ...)
-    spared = min(max(2, int(given[:9])), DESCRIPTORS) if given.isdecimal() else 2
-    os.closerange(3, spared)  # what our starter left open is not ours to hold
-    os.closerange(spared + 1, DESCRIPTORS)
-    pid, minting_pipe = start_minting()
+    def serve(ready: Callable[[Server], None]) -> None:
+        Server(config_path(options.config), min(options.verbose, TRACE), ready).run()
+
     try:
-        server_imports()
-        daemon = Server(path, min(verbosity, TRACE), minting_pipe)
+        if options.foreground:
+            serve(lambda server: None)
+        else:
+            daemonise(serve)
     except OSError as error:
-        raise PizauthError(f"Cannot start the server: {error}") from None
-    finally:
-        os.close(minting_pipe)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    if foreground:
-        daemon.run()
-    else:
-        daemonise(daemon)
-
-
-def start_minting() -> tuple[int, int]:
-    """A child that mints a certificate while we do our imports, and the pipe that it writes to."""
-    try:
-        reader, writer = os.pipe()
-        pid = os.fork()
-    except OSError as error:
-        raise PizauthError(f"Cannot start another process: {error.strerror}") from None
-    if pid == 0:
-        try:
-            os.close(reader)
-            write_all(writer, mint_certificate())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    return pid, reader
+        raise PizauthError(f"Cannot start the server: {error.strerror}") from None
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str, ...]]] = {
     "dump": (dump, "write the tokens to standard output", ()),
     "info": (info, "print where things are and what the server says of itself",
              ("-c --config", "-j")),
-    "refresh": (lambda options: asked(b"refresh", about(options), b"scheduled"),
+    "refresh": (lambda options: request(b"refresh", about(options), b"scheduled"),
                 "ask for a new access token now", ("-u", "account")),
-    "reload": (lambda _: asked(b"reload"), "have the server read its configuration anew", ()),
+    "reload": (lambda _: request(b"reload"), "have the server read its configuration anew", ()),
     "restore": (restore, "read tokens from a dump on standard input", ()),
-    "revoke": (lambda options: asked(b"revoke", os.fsencode(options.account)),
+    "revoke": (lambda options: request(b"revoke", os.fsencode(options.account)),
                "have the server forget an account's tokens", ("account",)),
-    "server": (lambda options: server(options.config, options.verbose, options.foreground),
-               "start the server", ("-c --config", "-d")),
+    "server": (server, "start the server", ("-c --config", "-d")),
     "show": (lambda options: print_token(about(options)),
              "print an access token", ("-u", "account")),
     "shutdown": (lambda _: ask(b"shutdown:"), "stop the server", ()),
-    "status": (lambda _: put(asked(b"status") + "\n"), "print a line about each account", ()),
+    "status": (lambda _: put(request(b"status") + "\n"), "print a line about each account", ()),
 }
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "account": {"metavar": "ACCOUNT", "help": "an account of the configuration"},
@@ -3315,42 +3113,32 @@ def command_line() -> argparse.ArgumentParser:
         def _print_message(self, message: str, file: object = None) -> None:
             put(message)
 
-    def layout(prog: str) -> argparse.HelpFormatter:
-        """Asked for the terminal's width, argparse would load three libraries of compression."""
-        return argparse.HelpFormatter(prog, width=78)
-
-    parser = Usage(prog="pizauth", allow_abbrev=False, formatter_class=layout,
+    parser = Usage(prog="pizauth", allow_abbrev=False,
                    description="OAuth2 access tokens for command-line mail programs")
     parser.add_argument("--version", action="version", version=f"pizauth {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (function, text, arguments) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False,
-                                      formatter_class=layout)
-        command.set_defaults(function=function, parser=command)
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(function=function)
         for argument in (*arguments, "-v"):
             command.add_argument(*argument.split(), **ARGUMENTS[argument])
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command, of the command line if none is given; the exit status."""
+    """Run a command, that of the command line if none is given; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        # What mail programs and login scripts run, without argparse.
         if len(arguments) == 2 and arguments[0] == "show" and not arguments[1].startswith("-"):
             print_token(b"withurl " + os.fsencode(arguments[1]))
-        elif arguments in (["server"], ["server", "-d"]):
-            server(None, 0, len(arguments) == 2)
         else:
-            options, unknown = command_line().parse_known_args(arguments)
-            if unknown:
-                options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            options = command_line().parse_args(arguments)
             options.function(options)
         return 0
     except PizauthError as error:
         complain(f"ERROR - {error}")
     except KeyboardInterrupt:
-        # End as who does not catch it, so that a loop of the shell ends, too, but silently.
+        # Die of SIGINT as if it were not caught, so that a loop of the shell ends too.
         import signal
 
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -3358,11 +3146,5 @@ def main(arguments: list[str] | None = None) -> int:
     return 1
 
 
-def run() -> NoReturn:
-    """Run the command line and end the process: for a launcher, too."""
-    # Nothing is buffered, and what the interpreter would tidy up now costs `show` 2 ms.
-    os._exit(main())
-
-
 if __name__ == "__main__":
-    run()
+    os._exit(main())  # nothing is buffered, and to tidy the interpreter up would cost `show` 2 ms
