@@ -905,9 +905,12 @@ LEAST_AGE = 10  # A token is not refreshed younger than this, or half its life i
 class Clock:
     """The time, by a clock that counts suspension and by the wall clock. Tests have their own."""
 
+    def __init__(self) -> None:
+        self.id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
     def now(self) -> float:
         """Seconds since some moment; nobody sets this clock back."""
-        return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+        return time.clock_gettime(self.id)
 
     def wall(self) -> float:
         """Seconds since the epoch, as far as the machine knows."""
@@ -1531,13 +1534,12 @@ class Authenticator:
 
     def _dump(self, rest: bytes, answer: Answer) -> None:
         states = [(account, self._tokens[name]) for name, account in self.config.accounts.items()]
-        epoch = self._clock.wall() - self._clock.now()
-        answer(encrypt_dump(secrets.token_bytes(12), dump_bytes(states, epoch)))
+        plaintext = dump_bytes(states, self._clock.wall() - self._clock.now())
+        answer(encrypt_dump(secrets.token_bytes(12), plaintext))
 
     def _info(self, rest: bytes, answer: Answer) -> None:
         ports = {f"{scheme}_port": str(port or "none") for scheme, port in self.ports.items()}
-        about_https = self.about_https if self.ports["https"] else {}
-        answer(json.dumps({**ports, **about_https}).encode())
+        answer(json.dumps({**ports, **(self.about_https if self.ports["https"] else {})}).encode())
 
     def _refresh_now(self, rest: bytes, answer: Answer) -> None:
         """Start a refresh, or make a fresh request if there is nothing to refresh."""
@@ -1914,7 +1916,7 @@ class Loop:
         """How long to sleep; 0: something is due; None: nothing is scheduled."""
         if self.caught:
             return 0
-        moment = min((part.deadline() for part in self.parts), default=FOR_EVER)
+        moment = min([part.deadline() for part in self.parts], default=FOR_EVER)
         return None if moment == FOR_EVER else max(0, min(LONGEST_SLEEP, moment - self.clock.now()))
 
     def run(self, finished: Callable[[], bool], each_pass: Callable[[], None]) -> None:
@@ -2033,20 +2035,15 @@ class Children:
 
     def reap(self) -> None:
         """Deliver the results of children that have ended. As PID 1 we have strangers, too."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            job = self.running.pop(pid, None)
-            if job is not None:
-                while self._read(job):
-                    pass  # what it wrote last
-                self._close_pipe(job)
-                self.start_at = 0  # there is a free slot
-                self._deliver(job.then, os.waitstatus_to_exitcode(status), job.output)
+        with suppress(ChildProcessError):  # there are no children
+            while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+                job = self.running.pop(ended[0], None)
+                if job is not None:
+                    while self._read(job):
+                        pass  # what it wrote last
+                    self._close_pipe(job)
+                    self.start_at = 0  # there is a free slot
+                    self._deliver(job.then, os.waitstatus_to_exitcode(ended[1]), job.output)
 
     def kill_all(self) -> None:
         """At the end: kill what has a limit; what has none may be the person's browser."""
@@ -2382,8 +2379,8 @@ class Connections:
         self.paused: list[Listener] = []
 
     def deadline(self) -> float:
-        return min([*(exchange.due for exchange in self.all()),
-                    *(listener.due for listener in self.paused)], default=FOR_EVER)
+        timed: list[Any] = [*self.all(), *self.paused]
+        return min([one.due for one in timed], default=FOR_EVER)
 
     def run_due(self) -> None:
         """Close the connections whose time is up, and accept again where that was paused."""
@@ -2487,8 +2484,10 @@ class Log:
         self.syslog: socket.socket | None = None
 
     def __call__(self, level: int, message: str) -> None:
+        if level > self.verbosity:
+            return
         name, priority = self.LEVELS[level]
-        for line in map(printable, message.splitlines() if level <= self.verbosity else ()):
+        for line in map(printable, message.splitlines()):
             if self.syslog is None:
                 self._write(f"{name} - {line}")
             else:
@@ -2640,8 +2639,9 @@ def bind_redirect(option: str, addresses: Addresses, reloading: bool) -> list[so
 
 def bind_inet(host: str, port: int, flags: int = 0) -> socket.socket:
     """A TCP socket that listens on one family alone. Raises OSError or UnicodeError."""
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)[0][0]
-    return socket.create_server((host, port), family=family, backlog=CAPS["browser"])
+    name = host.encode("ascii" if host.isascii() else "idna")  # a str would load tables of Unicode
+    family = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags)[0][0]
+    return socket.create_server((name, port), family=family, backlog=CAPS["browser"])
 
 
 def tls_context(pem: str, directory: str) -> ssl.SSLContext:
@@ -2921,7 +2921,7 @@ def open_standard_streams() -> None:
 
 def close_inherited() -> None:
     """Close what our starter left open; Python's own descriptors are not inheritable."""
-    for descriptor in range(3, DESCRIPTORS):
+    for descriptor in range(3, 256):  # shells use no higher ones
         with suppress(OSError):  # it is not open
             if os.get_inheritable(descriptor):
                 os.close(descriptor)
