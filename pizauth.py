@@ -277,8 +277,9 @@ class Config(Schedule):
 
 
 LOOPBACK = (("127.0.0.1", 0), ("::1", 0))  # any free port, the same for both families
-RESERVED_FIELDS = ("access_type", "client_id", "code_challenge", "code_challenge_method",
-                   "redirect_uri", "response_type", "scope", "state")
+RESERVED_KEYS = {  # of maps: pizauth sends these fields itself
+    "auth_uri_fields": ("access_type", "client_id", "code_challenge", "code_challenge_method",
+                        "redirect_uri", "response_type", "scope", "state")}
 RENAMED = {
     "auth_error_cmd": "it is called error_notify_cmd now",
     "refresh_retry_interval": "it is called refresh_retry now",
@@ -447,6 +448,7 @@ class Parser:
         self.lexemes = lexemes(text)
         self.last = Lexeme("start", "", 0)  # the one taken last
         self.lexeme = next(self.lexemes)  # the one to be taken next
+        self.reading = ""  # the name of the option whose value is being read
         self.global_options, self.account_options = Config.options(), Account.options()
 
     def error(self, lexeme: Lexeme, message: str) -> ConfigError:
@@ -532,6 +534,7 @@ class Parser:
         if name.text in values:
             raise self.error(name, f"Mustn't specify '{name.text}' more than once")
         self.take("=")
+        self.reading = name.text
         values[name.text] = getattr(self, options[name.text].read)()
         self.take(";")
 
@@ -614,7 +617,7 @@ class Parser:
         """pair := STRING ":" STRING; the key must be none that we send ourselves"""
         lexeme = self.take("string", A_STRING)
         key = lexeme.value()
-        if key in RESERVED_FIELDS:
+        if key in RESERVED_KEYS.get(self.reading, ()):
             raise self.error(lexeme, f"'{key}' is a reserved key: pizauth sends that field itself")
         self.take(":")
         return key, self.string()
@@ -1367,8 +1370,6 @@ class Authenticator:
                 self._login_failed(name, None, f"Authentication for {name} failed: {error}")
         else:
             self._obtained(name, response, response.refresh_token, "token_new")
-            if response.refresh_token is None:
-                self._log(WARNING, f"{name}: {NO_REFRESH_TOKEN}")
 
     def _obtained(self, name: str, response: TokenResponse, refresh_token: str | None,
                   event: str) -> None:
@@ -1380,6 +1381,8 @@ class Authenticator:
         self._errors.pop(name, None)
         told = f"Account {name} is authorised: you can safely close this page."
         self._replace(name, token, event, told)
+        if refresh_token is None:
+            self._log(WARNING, f"{name}: {NO_REFRESH_TOKEN}")
 
     def _refresh(self, name: str, token: Active) -> None:
         """Post the refresh token (RFC 6749 6)."""
@@ -1925,9 +1928,8 @@ class Loop:
             patience: float | None = PAUSE
             try:
                 patience = self.patience()
-                if patience == 0:
-                    for part in self.parts:
-                        part.run_due()
+                for part in self.parts if patience == 0 else ():
+                    part.run_due()
             except Exception:  # a bug, which must neither end the server nor keep clients out
                 self.log_bug("Something due was lost to a bug")
                 patience = PAUSE
@@ -1951,9 +1953,10 @@ class Loop:
 # The only place that forks once the server serves. Jobs wait in one queue; a job ends with exactly
 # one call of its `then`, unless it is cancelled.
 
-SLOTS = {"code": 16, "refresh": 12}  # Token requests at a time, the last four for codes alone.
+# The kinds of jobs, the most urgent first, and below how many running token requests one may start:
+# a refresh leaves some slots free for code exchanges.
+SLOTS = {"command": FOR_EVER, "mint": FOR_EVER, "code": 16, "refresh": 12}
 HOST_SLOTS = 4  # Token requests at a time to one host.
-URGENCY = ("command", "mint", "code", "refresh")  # Kinds of jobs, the most urgent first.
 NICE = 10  # Niceness of token requests: clients of the server come first.
 FORK_RETRY = 1  # Seconds until a fork that failed is tried again.
 LATE = 1  # Overdue by more seconds than this: the machine was suspended.
@@ -1962,7 +1965,7 @@ LATE = 1  # Overdue by more seconds than this: the machine was suspended.
 class Job(Record):
     """Work for a child; at its end then(exit status, output), at its limit then(None, b"")."""
 
-    kind: str  # one of URGENCY
+    kind: str  # a key of SLOTS
     work: Callable[[], bytes]
     limit: float  # in seconds from its start; at FOR_EVER it is never killed
     then: Ended
@@ -2038,9 +2041,9 @@ class Children:
         with suppress(ChildProcessError):  # there are no children
             while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
                 job = self.running.pop(ended[0], None)
+                while job is not None and self._read(job):
+                    pass  # what it wrote last
                 if job is not None:
-                    while self._read(job):
-                        pass  # what it wrote last
                     self._close_pipe(job)
                     self.start_at = 0  # there is a free slot
                     self._deliver(job.then, os.waitstatus_to_exitcode(ended[1]), job.output)
@@ -2090,14 +2093,11 @@ class Children:
     def _next(self) -> Job | None:
         """The most urgent job that may start; of these, one of the host with fewest requests."""
         hosts = [job.host for job in self.running.values() if job.host]
-
-        def may_start(job: Job) -> bool:
-            return not job.host or (
-                not self.stopping  # it would be killed, and a rotated token be lost
-                and len(hosts) < SLOTS[job.kind] and hosts.count(job.host) < HOST_SLOTS)
-
-        return min(filter(may_start, self.waiting), default=None,
-                   key=lambda job: (URGENCY.index(job.kind), hosts.count(job.host)))
+        ready = [job for job in self.waiting
+                 if not (job.host and self.stopping)  # it would be killed, with a rotated token
+                 and len(hosts) < SLOTS[job.kind] and hosts.count(job.host) < HOST_SLOTS]
+        return min(ready, default=None,
+                   key=lambda job: (list(SLOTS).index(job.kind), hosts.count(job.host)))
 
     def _start(self, job: Job) -> None:
         """Fork the job's child. Raises OSError, and leaves nothing behind then."""
