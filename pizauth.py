@@ -72,7 +72,8 @@ if TYPE_CHECKING:
     Answer = Callable[[bytes], None]  # gives a peer its reply; used once, now or on a later pass
     Cancel = Callable[[], None]  # stops work whose result is no longer wanted
     Ended = Callable[[Optional[int], bytes], None]  # takes a child's exit status and output
-    Fields = dict[str, str]  # a form, or the environment variables of a command
+    Fields = dict[str, str]  # of a query, or the environment variables of a command
+    Form = list[tuple[str, str]]  # the fields of a token request, in order
     Reloaded = Callable[[Optional["PizauthError"]], None]  # takes why a reload failed, or None
     Token = Union["Pending", "Active"]  # what an account has, unless it is Empty
 else:
@@ -185,7 +186,7 @@ MANDATORY: Any = object()  # the default of an option that has none
 
 
 class Option(Record):
-    """What option() was told."""
+    """The declaration of an option."""
 
     read: str
     default: Any
@@ -683,31 +684,32 @@ def authorization_response(query: str) -> Fields:
 
 
 def access_token_request(account: Account, code: str, code_verifier: str,
-                         redirect_uri: str) -> Fields:
+                         redirect_uri: str) -> Form:
     """The form that exchanges a code for tokens (RFC 6749 4.1.3, RFC 7636 4.5)."""
-    return with_client_secret(account, {
-        "code": code, "client_id": account.client_id, "code_verifier": code_verifier,
-        "redirect_uri": redirect_uri, "grant_type": "authorization_code"})
+    return token_request(account, [
+        ("code", code), ("client_id", account.client_id), ("code_verifier", code_verifier),
+        ("redirect_uri", redirect_uri), ("grant_type", "authorization_code")])
 
 
-def refresh_request(account: Account, refresh_token: str) -> Fields:
+def refresh_request(account: Account, refresh_token: str) -> Form:
     """The form that asks for a new access token (RFC 6749 6)."""
-    return with_client_secret(account, {
-        "client_id": account.client_id, "refresh_token": refresh_token,
-        "grant_type": "refresh_token"})
+    return token_request(account, [
+        ("client_id", account.client_id), ("refresh_token", refresh_token),
+        ("grant_type", "refresh_token")])
 
 
-def with_client_secret(account: Account, form: Fields) -> Fields:
-    """The form with the client's secret, if one is set, even if it is empty (RFC 6749 2.3.1)."""
+def token_request(account: Account, form: Form) -> Form:
+    """A form with the client's secret, if one is set, even if it is empty (RFC 6749 2.3.1)."""
     secret = account.client_secret
-    return form if secret is None else {**form, "client_secret": secret}
+    return form if secret is None else [*form, ("client_secret", secret)]
 
 
-def without_secrets(text: str, form: Fields) -> str:
+def without_secrets(text: str, form: Form) -> str:
     """A provider's message, printable, without the form's secrets, which it may repeat escaped."""
     escapes = (str, printable, html.escape, partial(html.escape, quote=False), urllib.parse.quote,
                urllib.parse.quote_plus, partial(urllib.parse.quote, safe=""))
-    sent = {escape(form.get(field, "")) for escape in escapes for field in SECRET_FIELDS} - {""}
+    sent = {escape(value) for name, value in form if name in SECRET_FIELDS
+            for escape in escapes} - {""}
     longest_first = "|".join(map(re.escape, sorted(sent, key=len, reverse=True)))
     text = text.replace("&#39;", "&#x27;")  # html.escape() writes the latter
     for clean in (str, printable):
@@ -721,7 +723,7 @@ def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes) -> 
     return f"{status} {retry_after} {whole:d}\n".encode() + body
 
 
-def token_response(outcome: bytes, form: Fields) -> TokenResponse:
+def token_response(outcome: bytes, form: Form) -> TokenResponse:
     """Judge an outcome. Raises TransientError or PermanentError, without secrets of the form."""
     head, _, body = outcome.partition(b"\n")
     status, delay, whole = (float(word) for word in head.split())
@@ -955,7 +957,7 @@ class RedirectLogin(Pending):
     state: str
     code_verifier: str
     redirect_uri: str
-    form: Fields | None = None  # once there is a code: the form that exchanges it
+    form: Form | None = None  # once there is a code: the form that exchanges it
     tries: int = 0
     retry_at: float | None = None  # when an exchange that failed is tried again
 
@@ -1081,12 +1083,12 @@ class DumpReader:
 
 
 def dumped_options(account: Account) -> tuple[dict[str, Any], dict[str, str]]:
-    """The options that tokens depend on: the original's, and as JSON those of ours that are set."""
-    options = {name: option for name, option in account.options().items() if option.dump}
-    values = {name: getattr(account, name) for name in options}
-    return ({name: values[name] for name, option in options.items() if option.dump in LAYOUTS},
-            {name: json.dumps(values[name]) for name, option in options.items()
-             if option.dump not in LAYOUTS and values[name] != option.default})
+    """The options that tokens depend on: the original's, and as JSON extensions unless default."""
+    declared = {name: one for name, one in account.options().items() if one.dump}
+    values = {name: getattr(account, name) for name in declared}
+    return ({name: values[name] for name, one in declared.items() if one.dump in LAYOUTS},
+            {name: json.dumps(values[name]) for name, one in declared.items()
+             if one.dump not in LAYOUTS and values[name] != one.default})
 
 
 def dump_bytes(accounts: list[tuple[Account, Token | None]], epoch: float) -> bytes:
@@ -1104,8 +1106,8 @@ def dump_bytes(accounts: list[tuple[Account, Token | None]], epoch: float) -> by
                       encoded("time", token.obtained_at + epoch),
                       encoded("time", token.expires_at + epoch),
                       encoded("optional", token.refresh_token)]
-        extensions += [encoded("string", text) for option in more.items()
-                       for text in (account.name, *option)]
+        extensions += [encoded("string", text) for name, value in more.items()
+                       for text in (account.name, name, value)]
     return b"".join([*parts, encoded("u64", len(extensions) // 3), *extensions])
 
 
@@ -1234,7 +1236,7 @@ class Authenticator:
     """
 
     def __init__(self, config: Config, clock: Clock,
-                 post: Callable[[str, str, Fields, Callable[[bytes], None]], Cancel],
+                 post: Callable[[str, str, Form, Callable[[bytes], None]], Cancel],
                  run: Callable[[str, Fields, float, Ended], Cancel],
                  log: Callable[[int, str], None]) -> None:
         self.config = config
@@ -1396,13 +1398,13 @@ class Authenticator:
         self._log(DEBUG, f"{name}: refreshing")
         self._rescheduled()
 
-    def _refreshed(self, name: str, token: Active, form: Fields, outcome: bytes) -> None:
+    def _refreshed(self, name: str, token: Active, form: Form, outcome: bytes) -> None:
         """The token endpoint has answered the refresh token."""
         if self._tokens.get(name) is not token:
             return  # revoked, reloaded or restored while the request was in flight
         token.cancel = None
         try:
-            response = token_response(outcome, {**form, "access_token": token.access_token})
+            response = token_response(outcome, [*form, ("access_token", token.access_token)])
         except TransientError as error:
             token.failures += 1
             token.failed_at, token.retry_after = self._clock.now(), error.retry_after
@@ -1757,7 +1759,7 @@ def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
         return f"cannot start {shell}: {error}".encode("utf-8", "replace")
 
 
-def post_form(uri: str, form: Fields) -> bytes:
+def post_form(uri: str, form: Form) -> bytes:
     """In a child: post a form; returns outcome_bytes()."""
     import http.client
     import urllib.request
@@ -1953,8 +1955,7 @@ class Loop:
 # The only place that forks once the server serves. Jobs wait in one queue; a job ends with exactly
 # one call of its `then`, unless it is cancelled.
 
-# The kinds of jobs, the most urgent first, and below how many running token requests one may start:
-# a refresh leaves some slots free for code exchanges.
+# Kinds of jobs, the most urgent first, and how many token requests at a time let one more start.
 SLOTS = {"command": FOR_EVER, "mint": FOR_EVER, "code": 16, "refresh": 12}
 HOST_SLOTS = 4  # Token requests at a time to one host.
 NICE = 10  # Niceness of token requests: clients of the server come first.
@@ -1994,7 +1995,7 @@ class Children:
         self.start_at = 0
         return partial(self._cancel, job)
 
-    def post(self, kind: str, uri: str, form: Fields, then: Callable[[bytes], None]) -> Cancel:
+    def post(self, kind: str, uri: str, form: Form, then: Callable[[bytes], None]) -> Cancel:
         """Add a token request; then(outcome) at its end."""
         host = urllib.parse.urlsplit(uri).netloc
 
@@ -2149,7 +2150,6 @@ CONNECTION_TIMEOUT = 10  # Seconds to send a request, and then to read the reply
 CAPS = {"control": 256, "browser": 128}  # Open connections of each kind of peer.
 ACCEPTS = 32  # Connections accepted in a row before others have their turn.
 READS = 4  # Reads from one connection in a row.
-READ_CHUNK = 8 << 10  # Bytes a read: nearly all requests are smaller.
 TLS_CHUNK = 1 << 10  # Bytes a read under TLS: 27 may be a KeyUpdate, which costs 10 microseconds.
 TLS_LIMIT = 128 << 10  # Bytes that a TLS client may send before its request is whole.
 
@@ -2246,7 +2246,7 @@ class Exchange:
 
     def _read(self) -> None:
         """Take in what is there, but not for ever; bytes after the request are discarded."""
-        reads, chunk = (READS, READ_CHUNK) if self.tls is None else (1, TLS_CHUNK)
+        reads, chunk = (READS, CHUNK) if self.tls is None else (1, TLS_CHUNK)
         with suppress(BlockingIOError):
             for _ in range(reads):
                 data = self.sock.recv(chunk)

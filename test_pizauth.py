@@ -95,7 +95,7 @@ class Post:
     """A token request that was asked for: the test decides what becomes of it."""
 
     def __init__(self, kind, uri, form, then):
-        self.kind, self.uri, self.form, self.then = kind, uri, form, then
+        self.kind, self.uri, self.form, self.then = kind, uri, dict(form), then
         self.cancelled = False
 
     def cancel(self):
@@ -607,6 +607,18 @@ class ConfigTest(unittest.TestCase):
             (got.auth_notify_cmd, got.accounts["x"].client_secret, got.accounts["x"].scopes),
             (None, None, ()))
 
+    def test_every_option_has_a_reader_and_a_known_layout_in_dumps(self):
+        for block in (pizauth.Config, pizauth.Account):
+            for name, declared in block.options().items():
+                with self.subTest(option=name):
+                    self.assertTrue(callable(getattr(pizauth.Parser, declared.read)))
+                    self.assertIn(declared.dump, ("", "extension", *pizauth.LAYOUTS))
+
+    def test_every_field_that_pizauth_sends_itself_is_reserved(self):
+        one = config(account("x", 'scopes = ["a"];')).accounts["x"]
+        sent = query_of(pizauth.authorization_request(one, "s", "v", "http://localhost/"))
+        self.assertEqual(set(sent), set(pizauth.RESERVED_KEYS["auth_uri_fields"]))
+
     def test_times_of_an_account_override_the_global_ones_wherever_they_stand(self):
         got = config(
             account("x", "refresh_retry = 1s;") + account("y")
@@ -957,19 +969,17 @@ class MessagesTest(unittest.TestCase):
     def test_forms(self):
         plain, empty = (
             config().accounts["x"], config(account(extra='client_secret = "";')).accounts["x"])
-        self.assertEqual(pizauth.access_token_request(plain, "c", "v", "http://localhost/"), {
-            "code": "c", "client_id": "cid", "code_verifier": "v",
-            "redirect_uri": "http://localhost/", "grant_type": "authorization_code",
-        })
-        self.assertEqual(pizauth.refresh_request(empty, "r"), {
-            "client_id": "cid", "refresh_token": "r", "grant_type": "refresh_token",
-            "client_secret": "",
-        })
+        self.assertEqual(pizauth.access_token_request(plain, "c", "v", "http://localhost/"), [
+            ("code", "c"), ("client_id", "cid"), ("code_verifier", "v"),
+            ("redirect_uri", "http://localhost/"), ("grant_type", "authorization_code")])
+        self.assertEqual(pizauth.refresh_request(empty, "r"), [
+            ("client_id", "cid"), ("refresh_token", "r"), ("grant_type", "refresh_token"),
+            ("client_secret", "")])
 
     def judge(self, body, status=200, whole=True, form=None, retry_after=0):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return pizauth.token_response(
-            pizauth.outcome_bytes(status, retry_after, whole, data), form or {})
+            pizauth.outcome_bytes(status, retry_after, whole, data), list((form or {}).items()))
 
     def test_good_answers_of_every_honest_kind(self):
         for body, expires_in, refresh_token in (
@@ -1067,7 +1077,7 @@ class MessagesTest(unittest.TestCase):
             ("it's&", "it&#x27;s&amp;"), ("it's&", "it's&amp;"),
         ):
             with self.subTest(secret=secret, echo=echo):
-                form = {"client_secret": secret}
+                form = [("client_secret", secret), ("client_id", "no")]
                 self.assertEqual(pizauth.without_secrets(f"no '{echo}'", form), "no '...'")
 
     def test_errors_below_http_are_reported_shortly_and_without_secrets(self):
@@ -2189,14 +2199,16 @@ class DumpTest(unittest.TestCase):
         source = world()
         source.authorise()
         sealed = source.dump()
-        for option, value, restores in (
+        cases = (
             ("auth_uri", '"http://a/"', False), ("token_uri", '"http://b"', False),
             ("client_id", '"d"', False), ("client_secret", '""', False),
             ("client_secret", "", False), ("scopes", '["a", "b"]', False),
             ("auth_uri_fields", '{"k": "w"}', False), ("redirect_uri", '"http://localhost"', False),
             ("login_hint", '"me"', True), ("refresh_retry", "6s", True),
             ("refresh_at_least", "1m", True), ("refresh_before_expiry", "1s", True),
-        ):
+        )
+        self.assertEqual({option for option, *_ in cases}, set(pizauth.Account.options()))
+        for option, value, restores in cases:
             with self.subTest(option=option, value=value):
                 target = world(**{option: value})
                 self.assertEqual(target.restore(sealed), "ok:")
@@ -2883,7 +2895,7 @@ def fuzz_head(data):
 
 def fuzz_answer(data):
     """What a token endpoint sends, for a code and for a refresh; what is told of it is harmless."""
-    form = {"refresh_token": "rt1", "client_secret": "hush"}
+    form = [("refresh_token", "rt1"), ("client_secret", "hush")]
     for status in (200, 400, 503):
         try:
             got = pizauth.token_response(pizauth.outcome_bytes(status, 0, True, data), form)
@@ -2980,7 +2992,7 @@ def fuzz(seconds, names=FUZZERS, generator=random):
 def judged(body):
     """A token endpoint's answer to a form with a secret."""
     outcome = pizauth.outcome_bytes(200, 0, True, body)
-    return pizauth.token_response(outcome, {"client_secret": "aa", "code": "."})
+    return pizauth.token_response(outcome, [("client_secret", "aa"), ("code", ".")])
 
 
 def head_by_byte(data):
@@ -3068,7 +3080,7 @@ class FuzzTest(unittest.TestCase):
             self.assertIsNotNone(pizauth.http_head(bytearray(sample), True))
         for sample in FUZZERS["answer"][1][1:3]:
             good = pizauth.outcome_bytes(200, 0, True, sample)
-            self.assertEqual(pizauth.token_response(good, {}).access_token, "at")
+            self.assertEqual(pizauth.token_response(good, []).access_token, "at")
         world = World()
         dump = pizauth.encrypt_dump(bytes(12), FUZZERS["dump"][1][0])
         self.assertEqual(world.restore(dump), "ok:")
@@ -3716,7 +3728,7 @@ class RequestQueueTest(Parts):
             self.start_all()
             self.end(self.running()[0], status, output)
             with self.assertRaises(pizauth.TransientError) as caught:
-                pizauth.token_response(self.requests.pop(), {})
+                pizauth.token_response(self.requests.pop(), [])
             self.assertEqual((str(caught.exception), caught.exception.outage), (reason, True))
         self.post()
         self.start_all()
@@ -3724,7 +3736,7 @@ class RequestQueueTest(Parts):
         with unittest.mock.patch("os.kill"):
             self.run_due()
         with self.assertRaisesRegex(pizauth.TransientError, "^no answer from h within 30 s$"):
-            pizauth.token_response(self.requests.pop(), {})
+            pizauth.token_response(self.requests.pop(), [])
 
 
 class CommandTest(Parts):
@@ -4250,6 +4262,15 @@ class ManualTest(unittest.TestCase):
             self.assertTrue(re.search(rf"(?m)^\.It Cm {command}\b", manual), command)
             for flag in arguments:
                 self.assertIn(f"Fl {flag[1:2]}" if flag.startswith("-") else "Ar", manual)
+
+    def test_the_options_that_tokens_depend_on_and_the_reserved_keys_are_listed(self):
+        compared = re.search(r"(?s)An account keeps its tokens.*?are what they were",
+                             self.read("pizauth.1"))[0]
+        for name, declared in pizauth.Account.options().items():
+            self.assertEqual(name in re.findall(r"\w+", compared), bool(declared.dump), name)
+        reserved = re.search(r"(?s)These keys are reserved.*?\.It", self.read("pizauth.conf.5"))[0]
+        for key in pizauth.RESERVED_KEYS["auth_uri_fields"]:
+            self.assertIn(f".Ql {key}", reserved)
 
     def test_the_example_is_a_configuration(self):
         text = self.read("pizauth.conf.example")
@@ -5270,7 +5291,7 @@ class EndToEndTest(unittest.TestCase):
         """What a token request in a process of its own reports: status, and the rest."""
         script = (
             "import os, sys, pizauth; pizauth.server_imports()\n"
-            "outcome = pizauth.post_form(sys.argv[1], {'grant_type': 'refresh_token'})\n"
+            "outcome = pizauth.post_form(sys.argv[1], [('grant_type', 'refresh_token')])\n"
             "os.write(1, outcome)")
         uri = path if "://" in path else self.provider.url + path
         done = subprocess.run(
@@ -5328,7 +5349,7 @@ class EndToEndTest(unittest.TestCase):
         self.provider.broken = True
         script = (
             "import sys, pizauth; pizauth.server_imports(); "
-            "pizauth.post_form(sys.argv[1], {'grant_type': 'refresh_token'});"
+            "pizauth.post_form(sys.argv[1], [('grant_type', 'refresh_token')]);"
             "print(next(line for line in open('/proc/self/status') "
             "if line.startswith('VmHWM')).split()[1])"
         )
@@ -5634,7 +5655,7 @@ class AuthlibTest(unittest.TestCase):
     def test_that_provider_refuses_a_refresh_token_used_before(self):
         self.test_from_authorization_to_rotated_refresh_tokens()
         used = self.provider.issued[0].refresh_token
-        form = {**AUTHLIB_CLIENT, "grant_type": "refresh_token", "refresh_token": used}
+        form = [*AUTHLIB_CLIENT.items(), ("grant_type", "refresh_token"), ("refresh_token", used)]
         outcome = pizauth.post_form(self.provider.url + "/token", form)
         with self.assertRaisesRegex(pizauth.PermanentError, "^HTTP 400: invalid_grant"):
             pizauth.token_response(outcome, form)
