@@ -1305,9 +1305,9 @@ class Authenticator:
         self._log(INFO, f"{name}: {kind}" + (f" ({event})" if event else ""))
         if old is not None and old.cancel is not None:
             old.cancel()
-        self._tell_waiters(name, told)
         if event is not None:
             self._tell_event(name, event)
+        self._tell_waiters(name, told)  # last, for what they do may replace the state again
 
     def _tell_waiters(self, name: str, told: str) -> None:
         """Tell the peers that wait for an account's login how it went."""
@@ -1315,6 +1315,18 @@ class Authenticator:
         self._waiters = [waiter for waiter in self._waiters if waiter.account != name]
         for waiter in waiters:
             waiter.tell(told)
+
+    def _unless_replaced(self, name: str, token: Token, then: Any) -> Callable[..., None]:
+        """Calls then(name, token, *results) with the results of the work that token.cancel stops;
+        drops results that come when the token has been revoked, reloaded or replaced."""
+
+        def come(*results: Any) -> None:
+            if self._tokens.get(name) is token:
+                token.cancel = None
+                self._rescheduled()
+                then(name, token, *results)
+
+        return come
 
     def _request_authorization(self, account: Account) -> Pending:
         """Make a fresh authorization request; the person is notified on the next pass."""
@@ -1347,25 +1359,20 @@ class Authenticator:
 
     def _exchange(self, name: str, pending: RedirectLogin) -> None:
         """Post the code (RFC 6749 4.1.3), for the first time or again."""
-        assert pending.form is not None
         pending.tries += 1
         pending.retry_at = None
         pending.cancel = self._post("code", normal_uri(self.config.accounts[name].token_uri),
-                                    pending.form, partial(self._exchanged, name, pending))
+                                    pending.form or [],
+                                    self._unless_replaced(name, pending, self._exchanged))
         self._rescheduled()
 
     def _exchanged(self, name: str, pending: RedirectLogin, outcome: bytes) -> None:
         """The token endpoint has answered the code, or could not."""
-        if self._tokens.get(name) is not pending:
-            return  # revoked, reloaded or asked for anew while the request was in flight
-        assert pending.form is not None
-        pending.cancel = None
         try:
-            response = token_response(outcome, pending.form)
+            response = token_response(outcome, pending.form or [])
         except TokenError as error:
-            if isinstance(error, TransientError) and error.outage and pending.tries < CODE_TRIES:
+            if error.outage and pending.tries < CODE_TRIES:
                 pending.retry_at = self._clock.now() + CODE_RETRY_INTERVAL
-                self._rescheduled()
                 message = f"Authentication for {name} failed, and will be tried again: {error}"
                 self._failed(name, message, INFO)
             else:
@@ -1394,25 +1401,22 @@ class Authenticator:
         token.wanted, token.attempted_at = False, now
         token.not_before = self._not_before[name] = now + REFRESH_GAP
         token.cancel = self._post("refresh", normal_uri(account.token_uri), form,
-                                  partial(self._refreshed, name, token, form))
+                                  self._unless_replaced(name, token, self._refreshed))
         self._log(DEBUG, f"{name}: refreshing")
         self._rescheduled()
 
-    def _refreshed(self, name: str, token: Active, form: Form, outcome: bytes) -> None:
-        """The token endpoint has answered the refresh token."""
-        if self._tokens.get(name) is not token:
-            return  # revoked, reloaded or restored while the request was in flight
-        token.cancel = None
+    def _refreshed(self, name: str, token: Active, outcome: bytes) -> None:
+        """The token endpoint has answered the refresh token, or could not."""
+        form = refresh_request(self.config.accounts[name], token.refresh_token or "")
         try:
             response = token_response(outcome, [*form, ("access_token", token.access_token)])
         except TransientError as error:
             token.failures += 1
             token.failed_at, token.retry_after = self._clock.now(), error.retry_after
-            self._rescheduled()
             self._failed(name, f"Refreshing {name} failed, and will be tried again: {error}", INFO)
             if token.failures % VERDICT_FAILURES == 0 and self.config.transient_error_if_cmd:
                 token.cancel = self._command("transient_error_if_cmd", name, {}, VERDICT_LIMIT,
-                                             partial(self._judged, name, token))
+                                             self._unless_replaced(name, token, self._judged))
         except PermanentError as error:
             self._login_failed(name, "token_invalidated", f"Refreshing {name} failed: {error}")
         else:
@@ -1421,14 +1425,10 @@ class Authenticator:
 
     def _judged(self, name: str, token: Active, status: int | None, output: bytes) -> None:
         """transient_error_if_cmd has ended; if it could not be started, the login is kept."""
-        if self._tokens.get(name) is not token:
-            return  # revoked, reloaded or restored while it ran
-        token.cancel = None
-        self._rescheduled()
-        if status in KEEPS_LOGIN or output or self.stopping:
-            return
-        self._replace(name, None, "token_invalidated")
-        self._failed(name, f"Refreshing {name} failed for good, says transient_error_if_cmd", ERROR)
+        if status not in KEEPS_LOGIN and not output and not self.stopping:
+            self._replace(name, None, "token_invalidated")
+            message = f"Refreshing {name} failed for good, says transient_error_if_cmd"
+            self._failed(name, message, ERROR)
 
     def _expire(self, name: str, token: Active) -> None:
         """An access token without refresh token has expired."""
