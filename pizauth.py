@@ -52,7 +52,7 @@ import os
 import stat
 import sys
 
-if __name__ == "__main__":  # Python adds our own directory, where somebody else's http.py may be.
+if __name__ == "__main__":  # Python adds this file's directory, where some http.py may be.
     sys.path[:] = [path for path in sys.path
                    if path not in ("", os.path.dirname(os.path.realpath(sys.argv[0])))]
 
@@ -389,7 +389,7 @@ def lexical_error(text: str, at: int) -> ConfigError:
 
 
 def split_uri(uri: str) -> urllib.parse.SplitResult:
-    """The parts of an HTTP or HTTPS URI. Raises ValueError with a sentence if it is none."""
+    """The parts of an HTTP or HTTPS URI. Raises ValueError, which says what is wrong with it."""
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", uri)
     if scheme is None:
         raise ValueError("Invalid URI: it must start with https:// or http://")
@@ -1250,7 +1250,7 @@ class Authenticator:
         self._waiters: list[Waiter] = []
         self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
         self._not_before: dict[str, float] = {}  # when an account's next refresh may start
-        self._events: list[tuple[str, str]] = []  # the first is being told, the others will be
+        self._events: list[tuple[str, str]] = []  # for token_event_cmd, which runs for the first
         self._deadline: float | None = None  # None: not known
 
     # What is due, and when.
@@ -1291,7 +1291,7 @@ class Authenticator:
     # Transitions.
 
     def _replace(self, name: str, token: Token | None, event: str | None, told: str = "") -> None:
-        """Change an account's state; nothing else does. Peers waiting for the old one are told."""
+        """Change an account's state; nothing else does. `told` goes to the peers that wait."""
         old = self._tokens[name]
         self._tokens[name] = token
         if isinstance(old, RedirectLogin):
@@ -2038,7 +2038,7 @@ class Children:
             self._start_next()
 
     def reap(self) -> None:
-        """Deliver the results of children that have ended. As PID 1 we have strangers, too."""
+        """Deliver the results of children that have ended; as PID 1, also reap those of others."""
         with suppress(ChildProcessError):  # there are no children
             while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
                 job = self.running.pop(ended[0], None)
@@ -2583,7 +2583,7 @@ def is_served(path: str) -> bool:
 
 
 def file_id(path: str) -> tuple[int, int] | None:
-    """Tells a file from another that takes its place; None if there is none."""
+    """Device and inode of a file, which change if another takes its place; None without one."""
     with suppress(OSError):
         status = os.lstat(path)
         return status.st_dev, status.st_ino
@@ -2788,7 +2788,7 @@ class Server:
     # The configuration, and the redirect listeners.
 
     def reload(self, then: Reloaded) -> None:
-        """Read the configuration anew and take all of it or nothing; then(None), or the error."""
+        """Read the configuration again; take all of it, then(None), or nothing, then(the error)."""
 
         def reloaded(error: PizauthError | None) -> None:
             if error is None:
@@ -2893,7 +2893,7 @@ class Server:
             replaced.close()
 
     def check_socket(self) -> None:
-        """Once a minute: make a lost control socket anew; stop if another server has its place."""
+        """Once a minute: replace a lost control socket; stop if another server has its place."""
         now = self.clock.now()
         if now < self.control_checked + SOCKET_CHECK or self.control is None:
             return
@@ -2905,11 +2905,11 @@ class Server:
                 self.log(ERROR, f"Another server has taken over {self.control_path}: this one ends")
                 self.authenticator.stopping = True
                 return
-            self.log(WARNING, f"{self.control_path} is gone: making it anew")
+            self.log(WARNING, f"{self.control_path} is gone: making a new one")
             make_runtime_directory()
             self.listen_to_clients()
         except (PizauthError, OSError) as error:  # the next look may find that it has passed
-            self.log(ERROR, f"Cannot make the control socket anew: {error}")
+            self.log(ERROR, f"Cannot make a new control socket: {error}")
 
 
 def open_standard_streams() -> None:
@@ -2961,14 +2961,14 @@ CLIENT_TIMEOUT = 10  # Seconds that a client waits for the server's next byte.
 
 
 def ask(request: bytes) -> bytes:
-    """The server's reply. Raises PizauthError if there is no server, or somebody else's."""
+    """The server's reply. Raises PizauthError if there is no server of our user's."""
     import _socket
 
     directory = runtime_directory()
     reply = bytearray()
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
-        check_directory(directory)  # whoever made another would be handed our requests, even dumps
+        check_directory(directory)  # in another user's, they would get our dumps
         sock.settimeout(CLIENT_TIMEOUT)
         sock.connect(os.path.join(directory, SOCKET_NAME))
         try:
@@ -3080,7 +3080,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str
              ("-c --config", "-j")),
     "refresh": (lambda options: request(b"refresh", about(options), b"scheduled"),
                 "ask for a new access token now", ("-u", "account")),
-    "reload": (lambda _: request(b"reload"), "have the server read its configuration anew", ()),
+    "reload": (lambda _: request(b"reload"), "have the server read its configuration again", ()),
     "restore": (restore, "read tokens from a dump on standard input", ()),
     "revoke": (lambda options: request(b"revoke", os.fsencode(options.account)),
                "have the server forget an account's tokens", ("account",)),

@@ -4460,7 +4460,7 @@ class CommandLineTest(unittest.TestCase):
         with socket.socket(socket.AF_UNIX) as sock:
             sock.bind(path)
 
-    def test_a_socket_that_was_swept_away_is_made_anew_and_one_of_another_ends_us(self):
+    def test_a_lost_socket_is_replaced_and_another_servers_socket_ends_us(self):
         with Daemon(account("x")) as daemon:
             daemon.stop()
             os.unlink(daemon.socket)
@@ -4493,7 +4493,7 @@ class CommandLineTest(unittest.TestCase):
             self.assertTrue(os.path.exists(daemon.socket))
             self.assertIn("Another server has taken over", daemon.logged())
 
-    def test_a_socket_that_could_not_be_made_anew_is_tried_again(self):
+    def test_a_socket_that_could_not_be_replaced_is_tried_again(self):
         unwatched = ("with unittest.mock.patch('selectors.DefaultSelector.register',"
                      " lambda *_: os.stat('/nowhere')): server.check_socket()\n")
         no_descriptors = ("hoard = []\ntry:\n  while True: hoard.append(os.dup(0))\n"
