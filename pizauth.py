@@ -4,7 +4,7 @@
 # requires-python = ">=3.9"
 # dependencies = ["cryptography"]
 # ///
-""":" # For sh: it has Python run this file by its cached bytecode, which `show` needs to be fast.
+""":" # For sh: run this file from Python's bytecode cache, so that `show` starts fast.
 exec python3 -E -c 'import os, sys
 sys.path = [path for path in sys.path if path]
 from importlib.machinery import SourceFileLoader as Loader
@@ -14,7 +14,7 @@ exec(Loader("__main__", os.path.realpath(sys.argv[0])).get_code("__main__"))' "$
 pizauth: an OAuth2 token daemon for command-line mail programs.
 
 `pizauth server` keeps access tokens in memory and fresh; `pizauth show ACCOUNT` prints one. This
-file is both; start reading at main(), at the end, for each section uses only what stands above it.
+file is both; start reading at main(), at the end: each section uses only what stands above it.
 The words are those of RFC 6749 (OAuth 2.0), 7636 (PKCE) and 8252 (native apps).
 
 The state of an account, and what changes it:
@@ -24,7 +24,7 @@ The state of an account, and what changes it:
       ^                        |                          |   ^                 |
       |   refused, failed      |    refused for good,     |   +-----------------+
       +------------------------+    or expired for good   |
-      +---------------------------------------------------+      (in the code, Empty is None)
+      +---------------------------------------------------+   (Empty is None; revoke ends there)
 
 One authorization, step by step:
 
@@ -34,7 +34,7 @@ One authorization, step by step:
     and a `code`.
  3. Authenticator.redirected finds the Pending by its `state`, and a child process posts code and
     verifier to the token endpoint.
- 4. The answer makes an Active of it, and the waiting browser gets a page that says so.
+ 4. The answer turns it into an Active, and the waiting browser gets a page that says so.
  5. Before the token expires another child posts the refresh token: a new Active.
 
 The control protocol: a client of the Unix socket sends `VERB ":" REST` and end of file, and gets
@@ -56,10 +56,10 @@ if __name__ == "__main__":  # Python adds this file's directory, where some http
     sys.path[:] = [path for path in sys.path
                    if path not in ("", os.path.dirname(os.path.realpath(sys.argv[0])))]
 
-TYPE_CHECKING = False  # typing.TYPE_CHECKING for mypy; importing it would cost every `show` 2 ms
+TYPE_CHECKING = False  # typing.TYPE_CHECKING for mypy; importing it would slow every `show`
 if TYPE_CHECKING:
     import argparse, base64, errno, fcntl, gc, hashlib, html, http, json, re, resource, secrets
-    import select, selectors, signal, socket, ssl, time, traceback, urllib.parse
+    import select, selectors, signal, socket, ssl, time, urllib.parse
     from collections.abc import Iterator, Mapping
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -85,9 +85,9 @@ else:
 def server_imports() -> None:
     """Import what only the server needs: `show` runs at every login of a mail program."""
     global base64, errno, fcntl, gc, hashlib, html, http, json, partial, re, resource, secrets
-    global select, selectors, signal, socket, suppress, time, traceback, urllib
+    global select, selectors, signal, socket, suppress, time, urllib
     import base64, errno, fcntl, gc, hashlib, html, http, json, re, resource, secrets
-    import select, selectors, signal, socket, time, traceback, urllib.parse
+    import select, selectors, signal, socket, time, urllib.parse
     from contextlib import suppress
     from functools import partial
 
@@ -116,7 +116,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 class PizauthError(Exception):
-    """The root: main() prints it after `ERROR - ` and exits 1. Any other exception is a bug."""
+    """Base class: main() prints it after `ERROR - ` and exits 1. Any other exception is a bug."""
 
 
 class ConfigError(PizauthError):
@@ -124,11 +124,11 @@ class ConfigError(PizauthError):
 
 
 class RequestError(PizauthError):
-    """A control client asked for something impossible; it is answered `error:` and this."""
+    """An impossible request of a control client; the reply is `error:` and this text."""
 
 
 class BadRequest(PizauthError):
-    """A browser sent something unusable; it is answered with a page of this status and text."""
+    """An unusable request of a browser; the reply is a page with this status and text."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -159,7 +159,7 @@ class PermanentError(TokenError):
 @dataclass_transform(kw_only_default=True)
 class Record:
     """Named fields: the annotations of a subclass and of its bases; class attributes are defaults.
-    Each record equals only itself. (`dataclasses` would cost `show` 12 ms.)"""
+    Each record equals only itself. (Importing `dataclasses` would slow `show`.)"""
 
     def __init__(self, **given: Any) -> None:
         self.__dict__.update(self.defaults(), **given)
@@ -199,7 +199,7 @@ def option(read: str, *, default: Any = MANDATORY, dump: str = "") -> Any:
     `read` is the method of Parser that reads its value. With `dump`, tokens depend on the option: a
     reload that changes it drops the token, and a dump restores only where it is equal. `dump` is
     its layout in a dump, one of LAYOUTS, for options that the original has: these must stand in the
-    order of its dumps. Any other option is an "extension", and may stand anywhere.
+    order of its dumps. For any other option write "extension"; it may stand anywhere.
     """
     return Option(read=read, default=default, dump=dump)
 
@@ -299,7 +299,7 @@ SHOWN_WIDTH = 60  # characters of the line that an error shows on either side of
 
 
 class Lexeme:
-    """A lexical token: its kind (start, word, time, string, end, or the mark itself)."""
+    """A lexical token: its kind (start, word, time, string, end, or the punctuation itself)."""
 
     def __init__(self, kind: str, text: str, at: int) -> None:
         self.kind, self.text, self.at = kind, text, at
@@ -318,7 +318,7 @@ def decode_config(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        text = error.object  # without the mark, so error.start counts from there
+        text = error.object  # without the byte order mark, like error.start
         line = text.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"line {line}: byte {text[error.start]:#04x} is not UTF-8:"
                           " save the file as UTF-8") from None
@@ -375,7 +375,7 @@ def lexemes(text: str) -> Iterator[Lexeme]:
 
 
 def lexical_error(text: str, at: int) -> ConfigError:
-    """The error where no token starts: half a string, or a character that has no place here."""
+    """The error where no token starts: an unfinished string, or a character of no use here."""
     half = re.compile(r'"[^"\\]*(?:\\["\\][^"\\]*)*').match(text, at)
     if half is None:
         hint = NOT_OURS.get(text[at])
@@ -403,7 +403,7 @@ def split_uri(uri: str) -> urllib.parse.SplitResult:
                          " leave out the '#' and what follows")
     try:
         parts = urllib.parse.urlsplit(uri)
-        host, _ = (parts.hostname or "")[:300], parts.port
+        host, _ = (parts.hostname or "")[:300], parts.port  # both may raise
         host.encode("ascii" if host.isascii() else "idna")
     except ValueError as error:
         raise ValueError(f"Invalid URI: {error}") from None
@@ -419,7 +419,7 @@ def split_uri(uri: str) -> urllib.parse.SplitResult:
 
 
 def normal_uri(uri: str, port: int | None = None) -> str:
-    """A URI as it is sent: scheme and host in lower case, a path, no default port; or this port."""
+    """A URI as sent: lower-case scheme and host, a path, no default port; `port` replaces it."""
     parts = split_uri(uri)
     host = parts.hostname or ""
     if not host.isascii():
@@ -456,7 +456,7 @@ class Parser:
         return config_error(self.source, lexeme.at, message)
 
     def take(self, kind: str, wanted: str = "") -> Lexeme:
-        """The next lexeme, which must be of this kind; after an error `wanted` says what it is."""
+        """The next lexeme, which must be of this kind; `wanted` describes it in errors."""
         lexeme, last = self.lexeme, self.last
         if lexeme.kind == kind:
             self.lexeme, self.last = next(self.lexemes, lexeme), lexeme
@@ -629,16 +629,16 @@ class Parser:
 
 TOKEN_REQUEST_LIMIT = 30  # Seconds that one token request may take in all, look-ups included.
 RETRY_AFTER_LIMIT = 3600  # A Retry-After of more seconds is shortened to this.
-LIFE_LIMIT = 10 * 365 * 86400  # Tokens that live longer (in seconds) are not believed.
+LIFE_LIMIT = 10 * 365 * 86400  # Longer lifetimes (in seconds) are ignored.
 ANSWER_LIMIT = 1 << 20  # Bytes of a token endpoint's answer.
 FORM_LIMIT = 64 << 10  # Bytes of an answer that is a form.
-FIELDS = 100  # Fields of a query or a form.
+FIELDS_LIMIT = 100  # Fields of a query or a form.
 PASSING_ERRORS = ("temporarily_unavailable", "server_error", "slow_down")
 SECRET_FIELDS = ("code", "code_verifier", "refresh_token", "client_secret", "access_token")
 
 
 class TokenResponse(Record):
-    """A good answer (RFC 6749 5.1); expires_in is in seconds, None if there was no sensible one."""
+    """A good answer (RFC 6749 5.1); expires_in is in seconds, None if missing or senseless."""
 
     access_token: str
     expires_in: float | None
@@ -673,7 +673,7 @@ def authorization_request(account: Account, state: str, code_verifier: str,
 def authorization_response(query: str) -> Fields:
     """The fields of a redirect's query (RFC 6749 4.1.2, 4.1.2.1). Raises BadRequest."""
     try:
-        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=FIELDS)
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=FIELDS_LIMIT)
     except ValueError:
         raise BadRequest(400, "The address has too many fields.") from None
     names = [name for name, _ in pairs]
@@ -686,26 +686,26 @@ def authorization_response(query: str) -> Fields:
 def access_token_request(account: Account, code: str, code_verifier: str,
                          redirect_uri: str) -> Form:
     """The form that exchanges a code for tokens (RFC 6749 4.1.3, RFC 7636 4.5)."""
-    return token_request(account, [
+    return with_client_secret(account, [
         ("code", code), ("client_id", account.client_id), ("code_verifier", code_verifier),
         ("redirect_uri", redirect_uri), ("grant_type", "authorization_code")])
 
 
 def refresh_request(account: Account, refresh_token: str) -> Form:
     """The form that asks for a new access token (RFC 6749 6)."""
-    return token_request(account, [
+    return with_client_secret(account, [
         ("client_id", account.client_id), ("refresh_token", refresh_token),
         ("grant_type", "refresh_token")])
 
 
-def token_request(account: Account, form: Form) -> Form:
+def with_client_secret(account: Account, form: Form) -> Form:
     """A form with the client's secret, if one is set, even if it is empty (RFC 6749 2.3.1)."""
     secret = account.client_secret
     return form if secret is None else [*form, ("client_secret", secret)]
 
 
 def without_secrets(text: str, form: Form) -> str:
-    """A provider's message, printable, without the form's secrets, which it may repeat escaped."""
+    """A provider's message, printable, the form's secrets removed even where it escapes them."""
     escapes = (str, printable, html.escape, partial(html.escape, quote=False), urllib.parse.quote,
                urllib.parse.quote_plus, partial(urllib.parse.quote, safe=""))
     sent = {escape(value) for name, value in form if name in SECRET_FIELDS
@@ -719,7 +719,7 @@ def without_secrets(text: str, form: Form) -> str:
 
 def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes) -> bytes:
     """A child's report of a token request. Status 0: no answer, and the body says why. `whole`: the
-    server told the length of the body, so a body cut short would have been noticed."""
+    length of the body was declared, so truncation would have been noticed."""
     return f"{status} {retry_after} {whole:d}\n".encode() + body
 
 
@@ -760,7 +760,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 def form_fields(body: bytes, whole: bool) -> dict[str, Any]:
     """The fields of a form, as some providers answer, if the body is surely whole; else {}."""
     text = body.decode("ascii", "replace").strip() if whole and len(body) <= FORM_LIMIT else ""
-    if not re.fullmatch(r"[!-~]+", text) or text.count("&") >= FIELDS:
+    if not re.fullmatch(r"[!-~]+", text) or text.count("&") >= FIELDS_LIMIT:
         return {}
     return dict(urllib.parse.parse_qsl(text))
 
@@ -805,7 +805,7 @@ def until_eof(buffer: bytearray, eof: bool) -> bytes | None:
 
 
 def http_head(buffer: bytearray, eof: bool) -> tuple[str, str] | None:
-    """Target and Host of a GET (RFC 9112). Raises BadRequest as soon as it is clearly none."""
+    """Target and Host of a GET (RFC 9112). Raises BadRequest as soon as it is clearly not one."""
     line_end = buffer.find(b"\n")
     line = bytes(buffer[: line_end if line_end >= 0 else 32])
     check_request_line(line, line_end >= 0)
@@ -831,7 +831,7 @@ def check_request_line(line: bytes, whole: bool) -> None:
     if rest and not rest.startswith(b"/"):
         raise BadRequest(400, "The request's target must be a path.")
     if whole and not re.fullmatch(rb"GET /[!-\"$-~]* HTTP/1\.[0-9]\r?", line):
-        raise BadRequest(400, "This is not a request of HTTP/1.x.")
+        raise BadRequest(400, "This is not an HTTP/1.x request.")
 
 
 def host_header(headers: bytes) -> str:
@@ -845,7 +845,7 @@ def host_header(headers: bytes) -> str:
         if name == b"host":
             hosts.append(value.decode("latin-1"))
         if name == b"transfer-encoding" or name == b"content-length" and value != b"0":
-            raise BadRequest(413, "A request with a body is not answered here.")
+            raise BadRequest(413, "Requests with a body are not supported.")
     if len(hosts) != 1:
         raise BadRequest(400, "The request must have exactly one Host.")
     return hosts[0]
@@ -914,7 +914,7 @@ class Clock:
         self.id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
     def now(self) -> float:
-        """Seconds since some moment; nobody sets this clock back."""
+        """Seconds since some moment; never set back."""
         return time.clock_gettime(self.id)
 
     def wall(self) -> float:
@@ -937,7 +937,7 @@ class Pending(Record):
     cancel: Cancel | None = None  # set while a token request runs
 
     def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
-        """What is due for every kind of login."""
+        """When to remind the person."""
         yield self.remind_at, "remind"
 
     def reply(self, with_url: bool) -> bytes:
@@ -983,7 +983,7 @@ class Active(Record):
     retry_after: float = 0
 
     def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
-        """Its end if it cannot be refreshed, or its next refresh if none runs."""
+        """When it expires, if it has no refresh token; else its next refresh, if none runs."""
         if self.refresh_token is None:
             yield self.expires_at, "expire"
         elif self.cancel is None:
@@ -1075,7 +1075,7 @@ class DumpReader:
         return number == 1
 
     def state(self) -> Active | None:
-        """A token whose moments are in seconds after the epoch."""
+        """An Active with times in seconds since the epoch, or None."""
         if not self.choice(4):
             return None
         return Active(access_token=self.read("string"), obtained_at=self.read("time"),
@@ -1138,10 +1138,10 @@ def chacha20(key: bytes, counter: int, nonce: bytes, data: bytes) -> bytes:
 
 
 def chacha20_slice(key: bytes, counter: int, nonce: bytes, data: bytes) -> bytes:
-    """A slice of that, all its blocks at once.
+    """One slice of chacha20(), all its blocks at once.
 
     Each word of the state is one big integer with a 64-bit lane for each block; the upper half of a
-    lane takes carries and rotations until the mask clears it. This is 17 times as fast as block by
+    lane takes carries and rotations until the mask clears it. This is much faster than block by
     block, so that a dump of 100 accounts can be made in the loop.
     """
     blocks = -(-len(data) // 64)
@@ -1210,8 +1210,8 @@ BROWSER_PATIENCE = 10  # Seconds that a browser is kept waiting for the outcome 
 REMINDER_GAP = 1  # Seconds between two reminders, even if auth_notify_interval is less.
 HOOK_LIMIT = 60  # Seconds that error_notify_cmd and token_event_cmd may run.
 VERDICT_LIMIT = 180  # Seconds that transient_error_if_cmd may run.
-VERDICT_FAILURES = 6  # After every so many failures in a row transient_error_if_cmd is asked.
-KEEPS_LOGIN = (0, 126, 127)  # Exit statuses of it: yes, or the shell could not start it.
+VERDICT_FAILURES = 6  # Failures in a row between two runs of transient_error_if_cmd.
+KEEPS_LOGIN = (0, 126, 127)  # Its exit statuses that keep the login: yes, or it could not start.
 SUPERSEDED = "This authorization request is void: there is a newer one, or the account has changed."
 NO_REFRESH_TOKEN = ("the provider gave no refresh token, so this account must be authorised again"
                     " when its access token expires; what usually helps is the scope offline_access"
@@ -1275,7 +1275,7 @@ class Authenticator:
         for waiter in [waiter for waiter in self._waiters if waiter.until <= now]:
             self._waiters.remove(waiter)
             waiter.tell(waiter.late)
-        self._rescheduled()
+        self._forget_deadline()
 
     def _appointments(self) -> Iterator[tuple[float, str, str, Token]]:
         """All that the tokens have scheduled: when, what, and for which."""
@@ -1284,8 +1284,8 @@ class Authenticator:
                 for moment, act in token.appointments(self.config.accounts[name]):
                     yield moment, act, name, token
 
-    def _rescheduled(self) -> None:
-        """Must be called after every change of an appointment or of the waiters."""
+    def _forget_deadline(self) -> None:
+        """Forget the cached deadline: for every change of an appointment or of the waiters."""
         self._deadline = None
 
     # Transitions.
@@ -1300,14 +1300,14 @@ class Authenticator:
             self._states[token.state] = name
         elif isinstance(token, Active):
             token.not_before = self._not_before.get(name, 0)
-        self._rescheduled()
-        kind = "no token" if token is None else type(token).__name__
-        self._log(INFO, f"{name}: {kind}" + (f" ({event})" if event else ""))
+        self._forget_deadline()
+        state = "no token" if token is None else type(token).__name__
+        self._log(INFO, f"{name}: {state}" + (f" ({event})" if event else ""))
         if old is not None and old.cancel is not None:
             old.cancel()
         if event is not None:
             self._tell_event(name, event)
-        self._tell_waiters(name, told)  # last, for what they do may replace the state again
+        self._tell_waiters(name, told)  # last: one may replace the state again
 
     def _tell_waiters(self, name: str, told: str) -> None:
         """Tell the peers that wait for an account's login how it went."""
@@ -1317,16 +1317,16 @@ class Authenticator:
             waiter.tell(told)
 
     def _unless_replaced(self, name: str, token: Token, then: Any) -> Callable[..., None]:
-        """Calls then(name, token, *results) with the results of the work that token.cancel stops;
-        drops results that come when the token has been revoked, reloaded or replaced."""
+        """A callback for the work that token.cancel stops: then(name, token, *results), unless the
+        token has been replaced meanwhile (revoked, reloaded, refreshed)."""
 
-        def come(*results: Any) -> None:
+        def deliver(*results: Any) -> None:
             if self._tokens.get(name) is token:
                 token.cancel = None
-                self._rescheduled()
+                self._forget_deadline()
                 then(name, token, *results)
 
-        return come
+        return deliver
 
     def _request_authorization(self, account: Account) -> Pending:
         """Make a fresh authorization request; the person is notified on the next pass."""
@@ -1348,7 +1348,7 @@ class Authenticator:
         """Notify the person of the URL; again only once the last auth_notify_cmd has ended."""
         now = self._clock.now()
         pending.remind_at = now + max(self.config.auth_notify_interval, REMINDER_GAP)
-        self._rescheduled()
+        self._forget_deadline()
         if pending.notifying:
             return
         pending.notified_at = now
@@ -1364,10 +1364,10 @@ class Authenticator:
         pending.cancel = self._post("code", normal_uri(self.config.accounts[name].token_uri),
                                     pending.form or [],
                                     self._unless_replaced(name, pending, self._exchanged))
-        self._rescheduled()
+        self._forget_deadline()
 
     def _exchanged(self, name: str, pending: RedirectLogin, outcome: bytes) -> None:
-        """The token endpoint has answered the code, or could not."""
+        """Handle the outcome of a code exchange."""
         try:
             response = token_response(outcome, pending.form or [])
         except TokenError as error:
@@ -1403,10 +1403,10 @@ class Authenticator:
         token.cancel = self._post("refresh", normal_uri(account.token_uri), form,
                                   self._unless_replaced(name, token, self._refreshed))
         self._log(DEBUG, f"{name}: refreshing")
-        self._rescheduled()
+        self._forget_deadline()
 
     def _refreshed(self, name: str, token: Active, outcome: bytes) -> None:
-        """The token endpoint has answered the refresh token, or could not."""
+        """Handle the outcome of a refresh."""
         form = refresh_request(self.config.accounts[name], token.refresh_token or "")
         try:
             response = token_response(outcome, [*form, ("access_token", token.access_token)])
@@ -1505,9 +1505,9 @@ class Authenticator:
         response = authorization_response(target.partition("?")[2])
         if "state" not in response:
             raise BadRequest(404, "There is nothing here.")
-        name = self._states.get(response["state"], "")  # of 256 random bits (RFC 6749 10.12)
-        pending = self._tokens.get(name)
-        if not isinstance(pending, RedirectLogin):
+        name = self._states.get(response["state"])  # of 256 random bits (RFC 6749 10.12)
+        pending = None if name is None else self._tokens[name]
+        if name is None or not isinstance(pending, RedirectLogin):
             answer(page(200, "No pending token matches request state: request a fresh token"))
             return
         if not redirect_matches(pending.redirect_uri, scheme, host, target):
@@ -1518,7 +1518,7 @@ class Authenticator:
             account=name, tell=lambda text: answer(page(200, text)),
             until=self._clock.now() + BROWSER_PATIENCE,
             late="pizauth processing authentication: you can safely close this page."))
-        self._rescheduled()
+        self._forget_deadline()
 
     def _respond(self, name: str, pending: RedirectLogin, response: Fields) -> None:
         """Exchange the code of an authorization response. Raises BadRequest if it has none."""
@@ -1564,7 +1564,7 @@ class Authenticator:
         self.reload(lambda error: answer(b"ok:" if error is None else refusal(error)))
 
     def _restore(self, rest: bytes, answer: Answer) -> None:
-        """Take tokens from a dump for accounts that have none and are what they were."""
+        """Restore tokens to accounts that have none and whose options are unchanged."""
         fitting = []
         for name, (options, dumped) in read_dump(decrypt_dump(rest)).items():
             account = self.config.accounts.get(name)
@@ -1614,7 +1614,7 @@ class Authenticator:
         try:
             if not colon or verb not in self._VERBS:
                 raise RequestError(
-                    "Unknown request: is the client of another version than the server?")
+                    "Unknown request: do client and server differ in version?")
             self._log(TRACE, f"Control request: {verb.decode()}")
             self._VERBS[verb](self, rest, answer)
         except PizauthError as error:
@@ -1648,10 +1648,10 @@ class Authenticator:
             self._refresh(name, token)
         else:
             token.wanted = True
-            self._rescheduled()
+            self._forget_deadline()
 
     def _revived(self, dumped: Active) -> Active:
-        """A token of a dump by our clock. One obtained in the future counts as expired."""
+        """A dumped token, converted to our clock. One obtained in the future counts as expired."""
         now, wall = self._clock.now(), self._clock.wall()
         life = min(max(dumped.expires_at - dumped.obtained_at, 0), LIFE_LIMIT)
         left = min(dumped.expires_at - wall, life) if dumped.obtained_at <= wall else 0
@@ -1667,7 +1667,7 @@ class Authenticator:
             text += f"; last error at {self._clock.date(at)}: {error}"
         return f"{printable(name)}: {text}"
 
-    # What changes with the configuration, and at the end.
+    # Reload, and the end.
 
     def reconfigure(self, config: Config, ports: dict[str, int | None]) -> None:
         """Take a new configuration; an account whose options are the same keeps its state."""
@@ -1680,12 +1680,11 @@ class Authenticator:
                     self._not_before.pop(name, None)
                 self._replace(name, None, None, SUPERSEDED)
         self._tokens = {name: self._tokens.get(name) for name in config.accounts}
-        self._rescheduled()
+        self._forget_deadline()
         for name, token in self._tokens.items():
             account = config.accounts[name]
-            moved = (isinstance(token, RedirectLogin)
-                     and token.redirect_uri != self._redirect_uri(account))
-            if moved:
+            if (isinstance(token, RedirectLogin)
+                    and token.redirect_uri != self._redirect_uri(account)):
                 self._request_authorization(account)
 
     def answer_waiting(self) -> None:
@@ -1699,7 +1698,7 @@ class Authenticator:
 # They see what they were forked with; what they return goes to the server through a pipe.
 
 CONNECT_TIMEOUT = 5  # Seconds for one address, which leaves time for five more.
-AFTER_SLEEP = 5  # Seconds more for a child whose limit passed while the machine was suspended.
+AFTER_SUSPEND = 5  # Seconds more for a child whose limit passed while the machine was suspended.
 DESCRIPTORS = 1024  # The soft limit: enough for all connections, and quick to close in a child.
 
 
@@ -1708,8 +1707,8 @@ def run_child(work: Callable[[], bytes], pipe: int, limit: float, nice: int) -> 
     raises, the exit status is 1 and the exception's text is sent."""
     status = 1
     try:
-        os.nice(nice)  # first of all, for clients of the server come first
-        gc.freeze()  # else a finaliser of the server's closes a descriptor that is ours by then
+        os.nice(nice)  # first: the server's clients have priority
+        gc.freeze()  # else a finaliser of the server could close a descriptor reused here
         gc.disable()
         signal.set_wakeup_fd(-1)
         # Ctrl-C and systemd signal the whole group, and an answer may hold a rotated token.
@@ -1717,8 +1716,8 @@ def run_child(work: Callable[[], bytes], pipe: int, limit: float, nice: int) -> 
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if limit < FOR_EVER:
-            signal.alarm(int(limit) + AFTER_SLEEP + 2)  # the server may be dead, and not kill us
-        os.closerange(3, pipe)  # else a dead server's port and lock would live on in us
+            signal.alarm(int(limit) + AFTER_SUSPEND + 2)  # in case the server has died
+        os.closerange(3, pipe)  # else we would keep a dead server's port and lock
         os.closerange(pipe + 1, DESCRIPTORS)
         try:
             output, status = work(), 0
@@ -1732,7 +1731,7 @@ def run_child(work: Callable[[], bytes], pipe: int, limit: float, nice: int) -> 
 
 
 def limit_resources(descriptors: int) -> int:
-    """No core files, which may hold tokens, and so many descriptors; returns the limit before."""
+    """Forbid core files (they may hold tokens), limit descriptors; returns the old limit."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft = descriptors if hard == resource.RLIM_INFINITY else min(descriptors, hard)
@@ -1755,7 +1754,7 @@ def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
                 for name, value in variables.items()}  # UTF-8 in any locale
         arguments = [os.fsencode(shell), b"-c", command.encode()]
         os.execve(shell, arguments, {**os.environb, **ours})
-    except Exception as error:  # of any kind: none of them is an answer of the command
+    except Exception as error:  # of any kind: the command did not start
         return f"cannot start {shell}: {error}".encode("utf-8", "replace")
 
 
@@ -1778,7 +1777,7 @@ def post_form(uri: str, form: Form) -> bytes:
     try:
         with opener.open(request) as response:
             body = bytearray(ANSWER_LIMIT + 1)
-            size = response.readinto(body)  # read(n) takes a chunk of size -1 for an endless one
+            size = response.readinto(body)  # unlike read(n), not fooled by a chunk of size -1
             if response.length and size <= ANSWER_LIMIT:
                 raise OSError("the answer was cut short")
             whole = response.length is not None or response.chunked
@@ -1881,7 +1880,7 @@ def self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
 # signal, or an event of a descriptor, and calls the part that it belongs to.
 
 LONGEST_SLEEP = 37  # Seconds; bounds how late a resume is noticed (select does not count suspend).
-PAUSE = 1  # Seconds of rest after a bug, so that one that repeats does not take all the processor.
+PAUSE = 1  # Seconds of rest after a bug, or while descriptors or memory have run out.
 
 
 class Loop:
@@ -1918,7 +1917,7 @@ class Loop:
                 self.handlers[number]()
 
     def patience(self) -> float | None:
-        """How long to sleep; 0: something is due; None: nothing is scheduled."""
+        """How long to sleep; 0: something is to be done; None: nothing is scheduled."""
         if self.caught:
             return 0
         moment = min([part.deadline() for part in self.parts], default=FOR_EVER)
@@ -1927,7 +1926,6 @@ class Loop:
     def run(self, finished: Callable[[], bool], each_pass: Callable[[], None]) -> None:
         """Serve until finished(), which is asked before every wait."""
         while not finished():
-            patience: float | None = PAUSE
             try:
                 patience = self.patience()
                 for part in self.parts if patience == 0 else ():
@@ -1937,7 +1935,7 @@ class Loop:
                 patience = PAUSE
             try:
                 events = self.selector.select(patience)
-                if self.caught:  # before the events, for a handler that always raises comes then
+                if self.caught:  # first: an event handler that always raises must not block signals
                     self.handle_signals()
                 for key, mask in events:
                     key.data(mask)
@@ -1948,14 +1946,18 @@ class Loop:
 
     def log_bug(self, what: str) -> None:
         """Log the exception that is being handled: it is a bug of ours."""
-        self.log(ERROR, f"{what}: {traceback.format_exc()}")
+        text = repr(sys.exc_info()[1])
+        with suppress(Exception):  # without a free descriptor nothing can be imported
+            import traceback  # not before it is needed, for it would slow the start
+            text = traceback.format_exc()
+        self.log(ERROR, f"{what}: {text}")
 
 
 # ---- Children ----
 # The only place that forks once the server serves. Jobs wait in one queue; a job ends with exactly
 # one call of its `then`, unless it is cancelled.
 
-# Kinds of jobs, the most urgent first, and how many token requests at a time let one more start.
+# Kinds of jobs, most urgent first; one starts only while fewer token requests than this run.
 SLOTS = {"command": FOR_EVER, "mint": FOR_EVER, "code": 16, "refresh": 12}
 HOST_SLOTS = 4  # Token requests at a time to one host.
 NICE = 10  # Niceness of token requests: clients of the server come first.
@@ -2029,7 +2031,7 @@ class Children:
             self.reap()  # first: a result that has come is not lost to the limit
         for job in [job for job in self.running.values() if job.due <= now]:
             if now > job.due + LATE:
-                job.due = now + AFTER_SLEEP  # it was suspended, too; its answer may be on its way
+                job.due = now + AFTER_SUSPEND  # it was suspended, too; its answer may be on its way
             else:
                 then = job.then
                 self._kill(job)
@@ -2042,15 +2044,16 @@ class Children:
         with suppress(ChildProcessError):  # there are no children
             while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
                 job = self.running.pop(ended[0], None)
-                while job is not None and self._read(job):
+                if job is None:
+                    continue
+                while self._read(job):
                     pass  # what it wrote last
-                if job is not None:
-                    self._close_pipe(job)
-                    self.start_at = 0  # there is a free slot
-                    self._deliver(job.then, os.waitstatus_to_exitcode(ended[1]), job.output)
+                self._close_pipe(job)
+                self.start_at = 0  # there is a free slot
+                self._deliver(job.then, os.waitstatus_to_exitcode(ended[1]), job.output)
 
     def kill_all(self) -> None:
-        """At the end: kill what has a limit; what has none may be the person's browser."""
+        """At the end: kill children with a limit; one without may be the person's browser."""
         for job in self.running.values():
             if job.limit < FOR_EVER:
                 self._kill(job)
@@ -2076,7 +2079,7 @@ class Children:
             os.kill(job.pid, signal.SIGKILL)  # it is not reaped yet, so the number is still its own
 
     def _start_next(self) -> None:
-        """Start the job whose turn it is: one a pass, for a fork takes a millisecond or two."""
+        """Start the job whose turn it is: one a pass, for a fork takes long."""
         job = self._next()
         self.start_at = FOR_EVER if job is None else 0
         if job is None:
@@ -2094,10 +2097,10 @@ class Children:
     def _next(self) -> Job | None:
         """The most urgent job that may start; of these, one of the host with fewest requests."""
         hosts = [job.host for job in self.running.values() if job.host]
-        ready = [job for job in self.waiting
-                 if not (job.host and self.stopping)  # it would be killed, with a rotated token
-                 and len(hosts) < SLOTS[job.kind] and hosts.count(job.host) < HOST_SLOTS]
-        return min(ready, default=None,
+        startable = [job for job in self.waiting
+                     if not (job.host and self.stopping)  # it would be killed with its result
+                     and len(hosts) < SLOTS[job.kind] and hosts.count(job.host) < HOST_SLOTS]
+        return min(startable, default=None,
                    key=lambda job: (list(SLOTS).index(job.kind), hosts.count(job.host)))
 
     def _start(self, job: Job) -> None:
@@ -2150,7 +2153,7 @@ CONNECTION_TIMEOUT = 10  # Seconds to send a request, and then to read the reply
 CAPS = {"control": 256, "browser": 128}  # Open connections of each kind of peer.
 ACCEPTS = 32  # Connections accepted in a row before others have their turn.
 READS = 4  # Reads from one connection in a row.
-TLS_CHUNK = 1 << 10  # Bytes a read under TLS: 27 may be a KeyUpdate, which costs 10 microseconds.
+TLS_CHUNK = 1 << 10  # Bytes a read under TLS: as few as 27 may be a KeyUpdate, which costs time.
 TLS_LIMIT = 128 << 10  # Bytes that a TLS client may send before its request is whole.
 
 
@@ -2187,7 +2190,7 @@ class Tls:
 
 
 class Service(Record):
-    """What a listener is for."""
+    """What a listener speaks, and with whom."""
 
     peer: str  # a key of CAPS
     frame: Callable[[bytearray, bool], Any]  # a reader of the wire formats
@@ -2256,17 +2259,17 @@ class Exchange:
                 if self.state == "reading":
                     self.buffer += data if self.tls is None else self.tls.decrypt(data)
         if self.state == "reading":
-            self._take()
+            self._pass_on()
         if self.state == "closed" or self.outgoing:
             return  # _write() watches
         if self.eof and self.state == "draining":
             self.close()
             return
         # An end of file stays readable, and a control client has sent it before it is parked.
-        spins = self.eof or self.state == "parked" and self.service.peer == "control"
-        self._watch(0 if spins else selectors.EVENT_READ)
+        would_spin = self.eof or self.state == "parked" and self.service.peer == "control"
+        self._watch(0 if would_spin else selectors.EVENT_READ)
 
-    def _take(self) -> None:
+    def _pass_on(self) -> None:
         """Pass the request on, once it is whole."""
         try:
             request = self.service.frame(self.buffer, self.eof)
@@ -2275,7 +2278,7 @@ class Exchange:
             self.answer(refusal(error))
             return
         if request is not None:
-            self.state, self.due = "parked", FOR_EVER  # whoever answers has a limit
+            self.state, self.due = "parked", FOR_EVER  # every answer has a limit of its own
             self.buffer.clear()
             try:
                 self.service.respond(request, self.answer)
@@ -2324,7 +2327,7 @@ class Listener:
     def __init__(self, connections: Connections, sock: socket.socket, service: Service) -> None:
         self.connections, self.sock, self.service = connections, sock, service
         self.loop = connections.loop
-        self.due = FOR_EVER  # when accepting goes on, while it is paused
+        self.due = FOR_EVER  # when to resume accepting, if paused
         sock.setblocking(False)
         self.loop.selector.register(sock, selectors.EVENT_READ, self.accept)
 
@@ -2398,15 +2401,14 @@ class Connections:
         return [exchange for some in self.exchanges.values() for exchange in some]
 
     def make_room(self, peer: str) -> bool:
-        """Whether one more may come: at the cap, the one that has been reading longest must go."""
+        """Whether one more may come: at the cap the oldest reading, or else unparked, is closed."""
         exchanges = self.exchanges[peer]
         if len(exchanges) < CAPS[peer]:
             return True
-        victim = next((exchange for exchange in exchanges if exchange.state != "parked"), None)
-        victim = next((exchange for exchange in exchanges if exchange.state == "reading"), victim)
-        if victim is not None:
+        able = [exchange for exchange in exchanges if exchange.state != "parked"]
+        for victim in sorted(able, key=lambda exchange: exchange.state != "reading")[:1]:
             victim.close()
-        return victim is not None
+        return bool(able)
 
     def pause(self, listener: Listener) -> None:
         """Accept no more until a second has passed."""
@@ -2462,8 +2464,8 @@ def put(data: bytes | str) -> None:
 
 
 # ---- Server ----
-# The process that will serve is forked first. It takes the directory, the lock, the configuration
-# and the sockets while it can still complain on the terminal; then it lets go of that.
+# In the background the server is forked first. It takes the directory, the lock, the configuration
+# and the sockets while it can complain on the terminal; then it lets go of that.
 
 PORT_TRIES = 10  # Ports tried until one is free for both loopback families.
 MINT_LIMIT = 30  # Seconds to make a certificate.
@@ -2522,12 +2524,12 @@ def config_path(given: str | None) -> str:
 
 
 def load_config(path: str, reloading: bool = False) -> Config:
-    """Read and parse a file, to reload a regular one: a pipe could block. Raises PizauthError."""
+    """Read and parse a file. A reload refuses pipes, which could block. Raises PizauthError."""
     try:
         more = os.O_NONBLOCK if reloading else 0
         with open(path, "rb", opener=lambda path, flags: os.open(path, flags | more)) as file:
             if reloading and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise PizauthError(f"{path} is no regular file, which a reload needs")
+                raise PizauthError(f"{path} is not a regular file, as a reload requires")
             data = file.read()
     except FileNotFoundError:
         raise PizauthError(f"No config file found at {path}") from None
@@ -2545,10 +2547,9 @@ def make_runtime_directory() -> str:
     above = [] if os.environ.get("XDG_RUNTIME_DIR") else [os.path.dirname(directory)]
     for path in [*above, directory]:
         try:
-            try:
+            with suppress(FileExistsError):
                 os.mkdir(path, 0o700)
-            except FileExistsError:
-                check_directory(path)
+            check_directory(path)
             os.chmod(path, 0o700)
         except OSError as error:
             raise PizauthError(f"Cannot make the directory {path}, mode 0700:"
@@ -2557,7 +2558,7 @@ def make_runtime_directory() -> str:
 
 
 def take_lock(directory: str) -> int:
-    """A descriptor with the lock; its file has our number. Raises PizauthError if a server runs."""
+    """Lock the directory and note our PID; the lock's descriptor. Raises PizauthError if taken."""
     path = os.path.join(directory, "pizauth.lock")
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -2585,8 +2586,7 @@ def is_served(path: str) -> bool:
 def file_id(path: str) -> tuple[int, int] | None:
     """Device and inode of a file, which change if another takes its place; None without one."""
     with suppress(OSError):
-        status = os.lstat(path)
-        return status.st_dev, status.st_ino
+        return (status := os.lstat(path)).st_dev, status.st_ino
     return None
 
 
@@ -2616,7 +2616,7 @@ def bind_control(path: str) -> socket.socket:
 
 def bind_redirect(option: str, addresses: Addresses, reloading: bool) -> list[socket.socket]:
     """The sockets of a redirect listener, all with one port. Raises PizauthError if the first
-    address cannot be had; the others may be missing. A reload must not wait to look names up."""
+    address cannot be bound; the others may fail. A reload must not wait to look names up."""
     (host, port), *others = addresses
     for _ in range(PORT_TRIES):
         try:
@@ -2651,7 +2651,7 @@ def tls_context(pem: str, directory: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # each would cost a handshake
-    context.set_ecdh_curve("prime256v1")  # the cheapest: others let a client cost us 120 ms
+    context.set_ecdh_curve("prime256v1")  # the cheapest: others let a client cost much time
     path = os.path.join(directory, "certificate.pem")  # a killed server may have left one
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
@@ -2810,14 +2810,15 @@ class Server:
             self.configure(config, reloaded)
 
     def configure(self, config: Config, then: Reloaded) -> None:
-        """Take a configuration, with a certificate first if none was needed so far."""
+        """Take a configuration; first make a certificate if it needs one and there is none."""
+        self.newest = config
         if config.addresses("https") and self.context is None:
             self.children.add(Job(kind="mint", work=mint_certificate, limit=MINT_LIMIT,
-                                  then=partial(self._minted, config, then)))
+                                  then=partial(self._minted, then)))
         else:
-            self._take(config, "", then)
+            self._apply(config, "", then)
 
-    def _minted(self, config: Config, then: Reloaded, status: int | None, output: bytes) -> None:
+    def _minted(self, then: Reloaded, status: int | None, output: bytes) -> None:
         """Go on with configure(); without a certificate `output` says why."""
         no_https = output.decode("utf-8", "replace") or "making a certificate took too long"
         if status == 0 and self.context is None:
@@ -2825,12 +2826,12 @@ class Server:
             try:
                 self.context = tls_context(about.pop("pem"), self.directory)
                 self.authenticator.about_https = about
-            except OSError as error:
+            except Exception as error:  # of any kind, even of an odd `ssl`: then() must be called
                 no_https = f"the certificate cannot be used: {error}"
-        self._take(config, no_https, then)
+        self._apply(self.newest, no_https, then)  # another reload may have come meanwhile
 
-    def _take(self, config: Config, no_https: str, then: Reloaded) -> None:
-        """Move the listeners and take the configuration, or nothing; `no_https` may say why."""
+    def _apply(self, config: Config, no_https: str, then: Reloaded) -> None:
+        """Take a configuration, all or nothing; without a certificate `no_https` says why."""
         wanted = {scheme: config.addresses(scheme) for scheme in self.redirects}
         account = config.https_account()
         try:
@@ -2908,7 +2909,7 @@ class Server:
             self.log(WARNING, f"{self.control_path} is gone: making a new one")
             make_runtime_directory()
             self.listen_to_clients()
-        except (PizauthError, OSError) as error:  # the next look may find that it has passed
+        except (PizauthError, OSError) as error:  # perhaps temporary: tried again in a minute
             self.log(ERROR, f"Cannot make a new control socket: {error}")
 
 
@@ -2955,7 +2956,7 @@ def leave_terminal(writer: int, server: Server) -> None:
 
 # ---- Client and command line ----
 # A client sends one request. It speaks through `_socket`, the half of `socket` written in C, and a
-# plain `show ACCOUNT` builds no parser: both would cost a quarter of the interpreter's own start.
+# plain `show ACCOUNT` builds no parser: it runs at every login of a mail program.
 
 CLIENT_TIMEOUT = 10  # Seconds that a client waits for the server's next byte.
 
@@ -2968,7 +2969,7 @@ def ask(request: bytes) -> bytes:
     reply = bytearray()
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
-        check_directory(directory)  # in another user's, they would get our dumps
+        check_directory(directory)  # another user's server would get our dumps
         sock.settimeout(CLIENT_TIMEOUT)
         sock.connect(os.path.join(directory, SOCKET_NAME))
         try:
@@ -3001,7 +3002,7 @@ def request(verb: bytes, rest: bytes = b"", kind: bytes = b"ok") -> str:
     return text
 
 
-def about(options: argparse.Namespace) -> bytes:
+def url_and_account(options: argparse.Namespace) -> bytes:
     """The rest of a request about an account: whether its URL is wanted, and its name."""
     return (b"withouturl " if options.without_url else b"withurl ") + os.fsencode(options.account)
 
@@ -3011,7 +3012,7 @@ def print_token(rest: bytes) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    """Print where things are, and what the running server says of itself; none is no error."""
+    """Print where things are, and what the server says of itself; a missing one is no error."""
     import json
 
     try:
@@ -3037,7 +3038,6 @@ def info(options: argparse.Namespace) -> None:
 
 def dump(options: argparse.Namespace) -> None:
     """Print a dump. A truncated one must not replace a good one, so it is checked first."""
-    server_imports()
     reply = ask(b"dump:")
     if not reply or reply.startswith(b"error:"):
         why = reply.decode("utf-8", "replace").replace("error:", ": ", 1)
@@ -3071,27 +3071,27 @@ def server(options: argparse.Namespace) -> None:
         else:
             daemonise(serve)
     except OSError as error:
-        raise PizauthError(f"Cannot start the server: {error.strerror}") from None
+        raise PizauthError(f"Cannot start the server: {error.strerror or error}") from None
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str, ...]]] = {
     "dump": (dump, "write the tokens to standard output", ()),
     "info": (info, "print where things are and what the server says of itself",
              ("-c --config", "-j")),
-    "refresh": (lambda options: request(b"refresh", about(options), b"scheduled"),
+    "refresh": (lambda options: request(b"refresh", url_and_account(options), b"scheduled"),
                 "ask for a new access token now", ("-u", "account")),
     "reload": (lambda _: request(b"reload"), "have the server read its configuration again", ()),
     "restore": (restore, "read tokens from a dump on standard input", ()),
     "revoke": (lambda options: request(b"revoke", os.fsencode(options.account)),
                "have the server forget an account's tokens", ("account",)),
     "server": (server, "start the server", ("-c --config", "-d")),
-    "show": (lambda options: print_token(about(options)),
+    "show": (lambda options: print_token(url_and_account(options)),
              "print an access token", ("-u", "account")),
     "shutdown": (lambda _: ask(b"shutdown:"), "stop the server", ()),
     "status": (lambda _: put(request(b"status") + "\n"), "print a line about each account", ()),
 }
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "account": {"metavar": "ACCOUNT", "help": "an account of the configuration"},
+    "account": {"metavar": "ACCOUNT", "help": "a configured account"},
     "-c --config": {"metavar": "FILE", "help": "the configuration file"},
     "-d": {"dest": "foreground", "action": "store_true", "help": "stay in the foreground"},
     "-j": {"dest": "json", "action": "store_true", "help": "print JSON"},
@@ -3126,7 +3126,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command, that of the command line if none is given; returns the exit status."""
+    """Run a command, by default that of sys.argv; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if len(arguments) == 2 and arguments[0] == "show" and not arguments[1].startswith("-"):
@@ -3147,4 +3147,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # nothing is buffered, and to tidy the interpreter up would cost `show` 2 ms
+    os._exit(main())  # nothing is buffered, and tidying up would slow `show`

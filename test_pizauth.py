@@ -1635,6 +1635,15 @@ class RedirectTest(unittest.TestCase):
                 self.visited(f"/?state={state}&code=c"),
                 (200, "No pending token matches request state: request a fresh token"))
 
+    def test_an_unknown_state_does_not_reach_an_account_without_a_name(self):
+        world = World(account(""))
+        world.show("")
+        for more in ("&code=evil", "&error=evil", ""):
+            (page,) = world.visit(f"/?state=forged{more}")
+            self.assertIn("No pending token matches", text_of(page)[1])
+        self.assertEqual((world.posts, world.status()),
+                         ([], "ok:: Access token pending authentication"))
+
     def test_a_url_that_is_not_the_redirect_uri_is_404_and_changes_nothing(self):
         state, before = self.world.state(), self.world.status()
         for target, how in (
@@ -2307,7 +2316,7 @@ class ReloadTest(unittest.TestCase):
             before = os.dup(0)
             os.close(before)
             for _ in range(3):
-                with self.assertRaisesRegex(pizauth.PizauthError, "no regular file|Is a directory"):
+                with self.assertRaisesRegex(pizauth.PizauthError, "regular file|Is a directory"):
                     pizauth.load_config(directory, reloading=True)
             after = os.dup(0)
             os.close(after)
@@ -3218,6 +3227,16 @@ class LoopTest(Parts):
             self.assertEqual((len(handled), self.loop.caught), (count, {signal.SIGTERM}
                                                                 if count == 1 else set()))
 
+    def test_a_bug_is_logged_even_if_traceback_cannot_be_imported(self):
+        try:
+            raise ZeroDivisionError("oh")
+        except ZeroDivisionError:
+            with unittest.mock.patch.dict(sys.modules, {"traceback": None}):
+                self.loop.log_bug("lost")
+            self.loop.log_bug("lost")
+        self.assertEqual(self.logged[0], "lost: ZeroDivisionError('oh')")
+        self.assertRegex(self.logged[1], r"(?s)^lost: Traceback .* line \d+, in test_a_bug")
+
     def test_a_due_action_that_always_raises_blocks_neither_clients_nor_signals(self):
         peer = self.connect(respond=lambda _, answer: answer(b"served"))
         peer.shutdown(socket.SHUT_WR)
@@ -3503,7 +3522,7 @@ class ChildrenTest(Parts):
     def test_a_child_ends_by_itself_when_its_server_was_killed(self):
         script = (
             "import os, signal, time, pizauth; pizauth.server_imports()\n"
-            "pizauth.AFTER_SLEEP = 0; loop = pizauth.Loop(pizauth.Clock(), print)\n"
+            "pizauth.AFTER_SUSPEND = 0; loop = pizauth.Loop(pizauth.Clock(), print)\n"
             "children, sleep = pizauth.Children(loop), lambda: time.sleep(60)\n"
             "job = pizauth.Job(kind='command', work=sleep, limit=0.1, then=print)\n"
             "children.add(job); children.run_due()\n"
@@ -5072,7 +5091,7 @@ class EndToEndTest(unittest.TestCase):
             self.assertEqual(daemon.descriptors(), before_failing)
         os.unlink(daemon.config)
         os.mkfifo(daemon.config)
-        self.assertIn("is no regular file", daemon.run("reload").stderr)
+        self.assertIn("is not a regular file", daemon.run("reload").stderr)
         os.unlink(daemon.config)
         self.configure(daemon, "https_listen = none; refresh_retry = 1s;")
         self.assertEqual(daemon.run("reload").returncode, 0)
@@ -5140,6 +5159,32 @@ class EndToEndTest(unittest.TestCase):
         thread.join()
         self.assertEqual(replies, [b"ok:"])
         self.assertEqual(daemon.ask(b"status:").count(b"No access token"), 2)
+
+    @unittest.skipUnless(importlib.util.find_spec("cryptography"), "cryptography is not installed")
+    def test_a_reload_that_waits_for_a_certificate_does_not_undo_a_later_one(self):
+        daemon = self.start(self.provider.account(), prelude=(
+            "import time; mint = pizauth.mint_certificate\n"
+            "pizauth.mint_certificate = lambda: time.sleep(1) or mint()"))
+        self.configure(daemon, self.provider.account(
+            "secure", 'redirect_uri = "https://localhost/";'))
+        replies = []
+        thread = threading.Thread(target=lambda: replies.append(daemon.ask(b"reload:")))
+        thread.start()
+        time.sleep(0.3)
+        self.configure(daemon, "", self.provider.account("later"))
+        self.assertEqual(daemon.ask(b"reload:"), b"ok:")
+        thread.join()
+        self.assertEqual(replies, [b"ok:"])
+        self.assertEqual(daemon.ask(b"status:"), b"ok:later: No access token")
+
+    @unittest.skipUnless(importlib.util.find_spec("cryptography"), "cryptography is not installed")
+    def test_a_certificate_that_cannot_be_used_is_reported(self):
+        daemon = self.start(self.provider.account(), prelude=(
+            "def odd(*_): raise AttributeError('no such option')\npizauth.tls_context = odd"))
+        self.configure(daemon, "", self.provider.account(
+            "secure", 'redirect_uri = "https://localhost/";'))
+        self.assertEqual(daemon.ask(b"reload:"), b"error:Account secure has an 'https' redirect,"
+                         b" but the certificate cannot be used: no such option")
 
     @unittest.skipUnless(importlib.util.find_spec("cryptography"), "cryptography is not installed")
     def test_a_server_that_is_stopped_while_it_makes_its_certificate_ends(self):
