@@ -1212,6 +1212,7 @@ HOOK_LIMIT = 60  # Seconds that error_notify_cmd and token_event_cmd may run.
 VERDICT_LIMIT = 180  # Seconds that transient_error_if_cmd may run.
 VERDICT_FAILURES = 6  # Failures in a row between two runs of transient_error_if_cmd.
 KEEPS_LOGIN = (0, 126, 127)  # Its exit statuses that keep the login: yes, or it could not start.
+NO_OUTCOME_YET = "pizauth processing authentication: you can safely close this page."
 SUPERSEDED = "This authorization request is void: there is a newer one, or the account has changed."
 NO_REFRESH_TOKEN = ("the provider gave no refresh token, so this account must be authorised again"
                     " when its access token expires; what usually helps is the scope offline_access"
@@ -1222,9 +1223,8 @@ class Waiter(Record):
     """A peer that is kept waiting until its account's login has an outcome."""
 
     account: str
-    tell: Callable[[str], None]  # takes a sentence for the person
-    until: float  # when it is told `late` instead
-    late: str
+    until: float  # when it is told that there is no outcome yet
+    tell: Callable[[str], None]  # takes a sentence for the person; empty: no outcome yet
 
 
 class Authenticator:
@@ -1272,9 +1272,10 @@ class Authenticator:
         for moment, act, name, token in list(self._appointments()):
             if moment <= now and self._tokens.get(name) is token:
                 self._ACTS[act](self, name, token)
-        for waiter in [waiter for waiter in self._waiters if waiter.until <= now]:
-            self._waiters.remove(waiter)
-            waiter.tell(waiter.late)
+        late = [waiter for waiter in self._waiters if waiter.until <= now]
+        self._waiters = [waiter for waiter in self._waiters if waiter.until > now]
+        for waiter in late:
+            waiter.tell("")
         self._forget_deadline()
 
     def _appointments(self) -> Iterator[tuple[float, str, str, Token]]:
@@ -1426,8 +1427,8 @@ class Authenticator:
     def _judged(self, name: str, token: Active, status: int | None, output: bytes) -> None:
         """transient_error_if_cmd has ended; if it could not be started, the login is kept."""
         if status not in KEEPS_LOGIN and not output and not self.stopping:
-            self._replace(name, None, "token_invalidated")
             message = f"Refreshing {name} failed for good, says transient_error_if_cmd"
+            self._replace(name, None, "token_invalidated", message)
             self._failed(name, message, ERROR)
 
     def _expire(self, name: str, token: Active) -> None:
@@ -1515,9 +1516,8 @@ class Authenticator:
         if pending.form is None:
             self._respond(name, pending, response)
         self._waiters.append(Waiter(
-            account=name, tell=lambda text: answer(page(200, text)),
-            until=self._clock.now() + BROWSER_PATIENCE,
-            late="pizauth processing authentication: you can safely close this page."))
+            account=name, until=self._clock.now() + BROWSER_PATIENCE,
+            tell=lambda text: answer(page(200, text or NO_OUTCOME_YET))))
         self._forget_deadline()
 
     def _respond(self, name: str, pending: RedirectLogin, response: Fields) -> None:
@@ -2265,9 +2265,7 @@ class Exchange:
         if self.eof and self.state == "draining":
             self.close()
             return
-        # An end of file stays readable, and a control client has sent it before it is parked.
-        would_spin = self.eof or self.state == "parked" and self.service.peer == "control"
-        self._watch(0 if would_spin else selectors.EVENT_READ)
+        self._watch(0 if self.eof else selectors.EVENT_READ)  # an end of file stays readable
 
     def _pass_on(self) -> None:
         """Pass the request on, once it is whole."""
