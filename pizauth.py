@@ -15,16 +15,16 @@ pizauth: an OAuth2 token daemon for command-line mail programs.
 
 `pizauth server` keeps access tokens in memory and fresh; `pizauth show ACCOUNT` prints one. This
 file is both; start reading at main(), at the end: each section uses only what stands above it.
-The words are those of RFC 6749 (OAuth 2.0), 7636 (PKCE) and 8252 (native apps).
+The terms are those of RFC 6749 (OAuth 2.0), 7636 (PKCE) and 8252 (native apps).
 
-The state of an account, and what changes it:
+The state of an account, and what changes it (also: revoke and reload to Empty, restore to Active):
 
             show, refresh              code exchanged               refreshed
     Empty ----------------> Pending -------------------> Active ----------------+
       ^                        |                          |   ^                 |
       |   refused, failed      |    refused for good,     |   +-----------------+
       +------------------------+    or expired for good   |
-      +---------------------------------------------------+   (Empty is None; revoke ends there)
+      +---------------------------------------------------+   (Empty is None)
 
 One authorization, step by step:
 
@@ -136,10 +136,10 @@ class BadRequest(PizauthError):
 
 
 class TokenError(PizauthError):
-    """The token endpoint gave no token; 500 printable characters at most.
+    """The token endpoint gave no token. The text is cut to 500 printable characters.
 
-    `error` is the provider's word for it (RFC 6749 5.2); `retry_after` is in seconds; an `outage`
-    is known by transport or status, and a code exchange is retried after it.
+    `error` is the provider's error code (RFC 6749 5.2); `retry_after` is in seconds; `outage`: no
+    answer, or HTTP 408, 425, 429 or 5xx. Only after an outage is a code exchange retried.
     """
 
     def __init__(self, text: str, error: str = "", outage: bool = False,
@@ -196,10 +196,10 @@ class Option(Record):
 def option(read: str, *, default: Any = MANDATORY, dump: str = "") -> Any:
     """Declare an option, as a field of Account or Config; without a default it is mandatory.
 
-    `read` is the method of Parser that reads its value. With `dump`, tokens depend on the option: a
-    reload that changes it drops the token, and a dump restores only where it is equal. `dump` is
-    its layout in a dump, one of LAYOUTS, for options that the original has: these must stand in the
-    order of its dumps. For any other option write "extension"; it may stand anywhere.
+    `read` is the method of Parser that reads its value. `dump` marks an option that tokens depend
+    on: a reload that changes it drops the token, and a restore requires it to be equal. `dump` is
+    its layout in a dump: one of LAYOUTS for options that the original has, declared in the order of
+    its dumps; "extension" for any other option, which may stand anywhere.
     """
     return Option(read=read, default=default, dump=dump)
 
@@ -243,7 +243,7 @@ class Account(Schedule):
 
     @property
     def redirect_scheme(self) -> str:
-        """Which listener the browser comes back to: http or https."""
+        """The scheme of the listener that the browser returns to: http or https."""
         return split_uri(self.redirect_uri).scheme
 
     def redirect_uri_at(self, port: int) -> str:
@@ -286,7 +286,7 @@ RENAMED = {
     "refresh_retry_interval": "it is called refresh_retry now",
     "not_transient_error_if": 'write transient_error_if_cmd = "! ..." instead',
 }
-NOT_OURS = {
+CHARACTER_HINTS = {
     **dict.fromkeys("#/", "comments start with //"),
     "-": "names of options are written with '_', and numbers without a sign",
     "'": "strings are written in double quotes",
@@ -333,7 +333,7 @@ def config_error(text: str, at: int, message: str) -> ConfigError:
     """The error at an offset: its place, the message, that line, and a mark under the culprit."""
     start = text.rfind("\n", 0, at) + 1
     line, column = text.count("\n", 0, at) + 1, at - start + 1
-    hidden = without_values(text)
+    hidden = hide_secrets(text)
     before = hidden[max(start, at - SHOWN_WIDTH) : at]
     after = hidden[at : at + SHOWN_WIDTH].partition("\n")[0]
     before, after = (re.sub("\0+", "***", part) for part in (before, after))
@@ -343,7 +343,7 @@ def config_error(text: str, at: int, message: str) -> ConfigError:
         f"line {line}, column {column}: {printable(message)}\n    {shown}\n    {margin}^")
 
 
-def without_values(text: str) -> str:
+def hide_secrets(text: str) -> str:
     """The text with NULs in place of client secrets and of passwords in URIs; of equal length."""
     text = text.replace("\0", "?")
     for secret in (r'(client_secret\s*=\s*")([^"\\]*(?:\\.[^"\\]*)*)',
@@ -378,7 +378,7 @@ def lexical_error(text: str, at: int) -> ConfigError:
     """The error where no token starts: an unfinished string, or a character of no use here."""
     half = re.compile(r'"[^"\\]*(?:\\["\\][^"\\]*)*').match(text, at)
     if half is None:
-        hint = NOT_OURS.get(text[at])
+        hint = CHARACTER_HINTS.get(text[at])
         character = printable(text[at]) or f"\\x{ord(text[at]):02x}"
         return config_error(text, at, f"Unexpected '{character}'" + (f": {hint}" if hint else ""))
     if half.end() == len(text):
@@ -852,7 +852,7 @@ def host_header(headers: bytes) -> str:
 
 
 def redirect_matches(redirect_uri: str, scheme: str, host: str, target: str) -> bool:
-    """Whether a request is for this redirect URI; it may have more query pairs, but not fewer."""
+    """Whether a request fits a redirect URI: extra query pairs are allowed, none may be missing."""
     expected = urllib.parse.urlsplit(redirect_uri)
     path, _, query = target.partition("?")
     host = host.lower().removesuffix(":80" if scheme == "http" else ":443")
@@ -900,11 +900,11 @@ def refusal(error: PizauthError) -> bytes:
 
 # ---- Time and token states ----
 # Authenticator replaces a token's record when its meaning changes; fields with a default are its
-# bookkeeping. Moments are by the clock that counts suspension. A record knows its appointments:
-# when something is due, and its name (in Authenticator._ACTS).
+# bookkeeping. Moments are by the clock that counts suspension. A record lists its appointments:
+# when something is due, and the key of the act in Authenticator._ACTS.
 
 REFRESH_GAP = 1  # Seconds between the starts of two refreshes of one account, whoever asks.
-LEAST_AGE = 10  # A token is not refreshed younger than this, or half its life if that is less.
+LEAST_AGE = 10  # refresh_before_expiry spares tokens younger than this, or than half their life.
 
 
 class Clock:
@@ -1013,7 +1013,7 @@ class Active(Record):
 # ---- Dump ----
 # Version 1 of pizauth's own format, so that each program restores the other's dumps: a nonce, then
 # the states, little-endian, encrypted with ChaCha20-Poly1305 (RFC 8439). After the last account,
-# where the original does not look, stand the options that only we have.
+# where the original stops reading, come the options that only this program has.
 
 DUMP_VERSION = 1
 DUMP_KEY = bytes.fromhex("66a247a85e48cfecaaed9b36eba97d5350d4286375097a44eeffb9c4546b65a3")
@@ -1279,14 +1279,14 @@ class Authenticator:
         self._forget_deadline()
 
     def _appointments(self) -> Iterator[tuple[float, str, str, Token]]:
-        """All that the tokens have scheduled: when, what, and for which."""
+        """Everything that the tokens have scheduled: when, which act, account and token."""
         for name, token in self._tokens.items():
             if token is not None:
                 for moment, act in token.appointments(self.config.accounts[name]):
                     yield moment, act, name, token
 
     def _forget_deadline(self) -> None:
-        """Forget the cached deadline: for every change of an appointment or of the waiters."""
+        """Forget the cached deadline, after any change to an appointment or to the waiters."""
         self._deadline = None
 
     # Transitions.
@@ -1308,7 +1308,7 @@ class Authenticator:
             old.cancel()
         if event is not None:
             self._tell_event(name, event)
-        self._tell_waiters(name, told)  # last: one may replace the state again
+        self._tell_waiters(name, told)  # last: a waiter may replace the state again
 
     def _tell_waiters(self, name: str, told: str) -> None:
         """Tell the peers that wait for an account's login how it went."""
@@ -1425,7 +1425,7 @@ class Authenticator:
             self._obtained(name, response, refresh_token, "token_refreshed")
 
     def _judged(self, name: str, token: Active, status: int | None, output: bytes) -> None:
-        """transient_error_if_cmd has ended; if it could not be started, the login is kept."""
+        """Drop the login if transient_error_if_cmd fails or is killed; not if it cannot start."""
         if status not in KEEPS_LOGIN and not output and not self.stopping:
             message = f"Refreshing {name} failed for good, says transient_error_if_cmd"
             self._replace(name, None, "token_invalidated", message)
@@ -1502,7 +1502,7 @@ class Authenticator:
             answer(refusal(error))
 
     def _redirected(self, scheme: str, target: str, host: str, answer: Answer) -> None:
-        """The checks are ordered such that no stray or forged request changes any state."""
+        """The checks are ordered so that no stray or forged request changes any state."""
         response = authorization_response(target.partition("?")[2])
         if "state" not in response:
             raise BadRequest(404, "There is nothing here.")
