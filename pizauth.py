@@ -1633,7 +1633,7 @@ class Authenticator:
         return self.config.accounts[name]
 
     def _expire_if_due(self, name: str) -> Token | None:
-        """The account's state now; an expired token without refresh token is dropped first."""
+        """The account's state now; an expired token without a refresh token is dropped first."""
         token = self._tokens[name]
         if (isinstance(token, Active) and token.refresh_token is None
                 and token.expires_at <= self._clock.now()):
@@ -1643,7 +1643,7 @@ class Authenticator:
     def _refresh_soon(self, name: str, token: Active) -> None:
         """Refresh as soon as allowed, whatever the schedule or Retry-After say."""
         if token.cancel is not None or self.stopping:
-            return  # one runs already, or its result would be lost
+            return  # a refresh runs already, or its result would be lost
         if token.not_before <= self._clock.now():
             self._refresh(name, token)
         else:
@@ -1793,7 +1793,7 @@ def post_form(uri: str, form: Form) -> bytes:
 def connect(one_address: Callable[..., socket.socket], host: tuple[str, int],
             *_: object) -> socket.socket:
     """In a child: a connection to a host, given a function for one address. Raises OSError. IPv6
-    and IPv4 take turns (RFC 8305 4), for all addresses of one of them may be unreachable."""
+    and IPv4 take turns (RFC 8305 4), because one of the two may be wholly unreachable."""
     found = socket.getaddrinfo(*host, type=socket.SOCK_STREAM)
     families = [one[0] for one in found]
     turns = [families[:at].count(family) for at, family in enumerate(families)]
@@ -1809,13 +1809,13 @@ def connect(one_address: Callable[..., socket.socket], host: tuple[str, int],
 
 
 def is_loopback(uri: str) -> bool:
-    """Whether a URI's host is this machine, which is never asked through a proxy."""
+    """Whether a URI's host is this machine, which is never reached through a proxy."""
     host = urllib.parse.urlsplit(uri).hostname or ""
     return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", host) is not None
 
 
 def retry_after(value: str) -> float:
-    """The seconds that a Retry-After asks for, maybe by a date (RFC 9110 10.2.3), or 0."""
+    """The seconds that a Retry-After asks for, possibly as a date (RFC 9110 10.2.3), or 0."""
     from email.utils import parsedate_to_datetime
 
     if re.fullmatch(r"[0-9]+", value.strip()):
@@ -1877,14 +1877,14 @@ def self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
 # ---- Loop ----
 # The only place that waits. The parts of the server (connections, children, Authenticator and the
 # server itself) have deadline() and run_due(); the loop sleeps until the earliest deadline, a
-# signal, or an event of a descriptor, and calls the part that it belongs to.
+# signal, or an event of a descriptor, and calls every run_due() or the handler concerned.
 
 LONGEST_SLEEP = 37  # Seconds; bounds how late a resume is noticed (select does not count suspend).
 PAUSE = 1  # Seconds of rest after a bug, or while descriptors or memory have run out.
 
 
 class Loop:
-    """Waits for descriptors, signals and moments.
+    """Waits for descriptors, signals and deadlines.
 
     A signal is noted in a set, and its byte on a socket pair ends the wait. The byte has no other
     meaning, for with many signals the socket pair is full, and bytes are lost.
@@ -1957,7 +1957,7 @@ class Loop:
 # The only place that forks once the server serves. Jobs wait in one queue; a job ends with exactly
 # one call of its `then`, unless it is cancelled.
 
-# Kinds of jobs, most urgent first; one starts only while fewer token requests than this run.
+# Most urgent first. A job starts only while fewer token requests than its number are running.
 SLOTS = {"command": FOR_EVER, "mint": FOR_EVER, "code": 16, "refresh": 12}
 HOST_SLOTS = 4  # Token requests at a time to one host.
 NICE = 10  # Niceness of token requests: clients of the server come first.
@@ -1989,7 +1989,7 @@ class Children:
         self.running: dict[int, Job] = {}  # by process number
         self.start_at = FOR_EVER  # when to look for a job to start
         self.fork_failed = False  # at the last try
-        self.stopping = False  # no token request is started any more
+        self.stopping = False  # once True, no token request is started
 
     def add(self, job: Job) -> Cancel:
         """Put a job into the queue; it never starts, nor ends, before the next pass."""
@@ -2095,7 +2095,7 @@ class Children:
             self.waiting.remove(job)
 
     def _next(self) -> Job | None:
-        """The most urgent job that may start; of these, one of the host with fewest requests."""
+        """The most urgent job that may start; among equals, to the host with fewest requests."""
         hosts = [job.host for job in self.running.values() if job.host]
         startable = [job for job in self.waiting
                      if not (job.host and self.stopping)  # it would be killed with its result
@@ -2105,8 +2105,8 @@ class Children:
 
     def _start(self, job: Job) -> None:
         """Fork the job's child. Raises OSError, and leaves nothing behind then."""
-        reader, writer = os.pipe()
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.loop.signals)  # or the child's would wake us
+        job.pid, (reader, writer) = 0, os.pipe()  # 0: a failed try may have left a number
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.loop.signals)  # until the child has its own
         try:
             job.pid = os.fork()
             if job.pid == 0:
@@ -2399,7 +2399,7 @@ class Connections:
         return [exchange for some in self.exchanges.values() for exchange in some]
 
     def make_room(self, peer: str) -> bool:
-        """Whether one more may come: at the cap the oldest reading, or else unparked, is closed."""
+        """Whether there is room; at the cap, the oldest unparked is closed, reading ones first."""
         exchanges = self.exchanges[peer]
         if len(exchanges) < CAPS[peer]:
             return True
@@ -2437,7 +2437,7 @@ def runtime_directory() -> str:
 
 
 def check_directory(path: str) -> None:
-    """Raise PizauthError unless this is a real directory of our user's: it might be a trap."""
+    """Raise PizauthError unless this is a real directory of our user's: others could plant one."""
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode):
         raise PizauthError(f"{path} is not a directory (a symbolic link does not count): remove it")
@@ -2462,8 +2462,8 @@ def put(data: bytes | str) -> None:
 
 
 # ---- Server ----
-# In the background the server is forked first. It takes the directory, the lock, the configuration
-# and the sockets while it can complain on the terminal; then it lets go of that.
+# A background server is forked first. It takes the directory, the lock, the configuration and the
+# sockets while it can still complain on the terminal; then it lets go of the terminal.
 
 PORT_TRIES = 10  # Ports tried until one is free for both loopback families.
 MINT_LIMIT = 30  # Seconds to make a certificate.
@@ -2701,12 +2701,12 @@ class Server:
         self.failure: Exception | None = None  # why we cannot start
         self.ready_by = FOR_EVER  # when READY=1 is sent at the latest
         self.ready_told = False
-        self.grace_ends = FOR_EVER  # once stopping: when to end whatever is in flight
+        self.grace_ends = FOR_EVER  # once stopping: when to end even if something is in flight
 
     # Its life.
 
     def run(self) -> None:
-        """Serve until told to stop. Raises PizauthError or OSError if that could not begin."""
+        """Serve until told to stop. Raises PizauthError or OSError if the server cannot start."""
         self.loop.catch_signals()
         self.configure(self.authenticator.config, self._start)
         self.loop.run(self.finished, self.check_socket)
@@ -2715,7 +2715,7 @@ class Server:
             raise self.failure
 
     def _start(self, error: PizauthError | None) -> None:
-        """The redirect listeners are set up, or that has failed."""
+        """Go on once the redirect listeners are set up; `error` says why they could not be."""
         try:
             if error is not None:
                 raise error
@@ -2733,7 +2733,7 @@ class Server:
             self.children.run(command, {}, FOR_EVER, self._tell_ready)
 
     def _tell_ready(self, status: int | None = 0, output: bytes = b"") -> None:
-        """There is no startup_cmd, or it has ended, or has run long enough: READY=1, once."""
+        """Send READY=1, once: startup_cmd has ended, has run long enough or is not configured."""
         if status or output:
             self.log(ERROR, f"startup_cmd: {output.decode() or f'ended with status {status}'}")
         self.ready_by = FOR_EVER
@@ -2818,7 +2818,7 @@ class Server:
 
     def _minted(self, then: Reloaded, status: int | None, output: bytes) -> None:
         """Go on with configure(); without a certificate `output` says why."""
-        no_https = output.decode("utf-8", "replace") or "making a certificate took too long"
+        no_https = output.decode("utf-8", "replace") or "making a certificate failed or timed out"
         if status == 0 and self.context is None:
             about = json.loads(output)
             try:
@@ -3010,7 +3010,7 @@ def print_token(rest: bytes) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    """Print where things are, and what the server says of itself; a missing one is no error."""
+    """Print where things are, and what a running server says about itself."""
     import json
 
     try:
@@ -3074,7 +3074,7 @@ def server(options: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str, ...]]] = {
     "dump": (dump, "write the tokens to standard output", ()),
-    "info": (info, "print where things are and what the server says of itself",
+    "info": (info, "print where things are and what the server says about itself",
              ("-c --config", "-j")),
     "refresh": (lambda options: request(b"refresh", url_and_account(options), b"scheduled"),
                 "ask for a new access token now", ("-u", "account")),
