@@ -1302,7 +1302,7 @@ class Authenticator:
         elif isinstance(token, Active):
             token.not_before = self._not_before.get(name, 0)
         self._forget_deadline()
-        state = "no token" if token is None else type(token).__name__
+        state = "no token" if not token else "active" if isinstance(token, Active) else "pending"
         self._log(INFO, f"{name}: {state}" + (f" ({event})" if event else ""))
         if old is not None and old.cancel is not None:
             old.cancel()
@@ -2567,7 +2567,7 @@ def take_lock(directory: str) -> int:
     except BlockingIOError:
         raise PizauthError("pizauth authenticator already running") from None
     except OSError as error:
-        raise PizauthError(f"Cannot lock {path}: {error.strerror}") from None
+        raise PizauthError(f"Cannot lock {path}: {error.strerror or error}") from None
     with suppress(OSError):  # a full disk does not keep us from serving
         os.ftruncate(lock, 0)
         os.pwrite(lock, b"%d\n" % os.getpid(), 0)

@@ -1263,6 +1263,7 @@ class TokensTest(unittest.TestCase):
         self.assertEqual(query_of(url)["redirect_uri"], "http://localhost:8080/")
         self.assertEqual(len(base64.urlsafe_b64decode(query_of(url)["state"] + "=")), 32)
         self.assertEqual(world.show(), f"pending:{url}")
+        self.assertIn((pizauth.INFO, "x: pending"), world.logged)
         pages = world.visit(f"/?state={query_of(url)['state']}&code=c0de")
         (post,) = world.posts
         self.assertEqual((post.uri, post.kind), ("http://t.example/token", "code"))
@@ -4137,6 +4138,11 @@ class DirectoryTest(unittest.TestCase):
         self.assertIn("belongs to another user", self.refused())
         with self.assertRaisesRegex(pizauth.PizauthError, "belongs to another user"):
             pizauth.ask(b"info:")
+
+    def test_a_path_that_is_too_long_for_a_socket_is_reported(self):
+        os.mkdir(f"{self.base}/{'x' * 100}")
+        with self.assertRaisesRegex(pizauth.PizauthError, "^Cannot lock .*: AF_UNIX path too long"):
+            pizauth.take_lock(f"{self.base}/{'x' * 100}")
 
     def test_only_one_can_hold_the_lock_even_before_there_is_a_socket(self):
         directory = pizauth.make_runtime_directory()
