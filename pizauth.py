@@ -185,12 +185,11 @@ class Record:
 MANDATORY: Any = object()  # the default of an option that has none
 
 
-class Option(Record):
-    """The declaration of an option."""
+class Option:
+    """The declaration of an option; no Record, for each `show` makes all of them."""
 
-    read: str
-    default: Any
-    dump: str
+    def __init__(self, read: str, default: Any, dump: str) -> None:
+        self.read, self.default, self.dump = read, default, dump
 
 
 def option(read: str, *, default: Any = MANDATORY, dump: str = "") -> Any:
@@ -201,7 +200,7 @@ def option(read: str, *, default: Any = MANDATORY, dump: str = "") -> Any:
     its layout in a dump: one of LAYOUTS for options that the original has, declared in the order of
     its dumps; "extension" for any other option, which may stand anywhere.
     """
-    return Option(read=read, default=default, dump=dump)
+    return Option(read, default, dump)
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(option,))
@@ -2691,7 +2690,8 @@ class Server:
         self.loop.handlers = {
             signal.SIGTERM: self.stop, signal.SIGINT: self.stop,
             signal.SIGCHLD: self.children.reap,
-            signal.SIGHUP: lambda: self.reload(lambda error: None)}
+            signal.SIGHUP: lambda: (  # results in flight would be dropped with their account
+                None if self.authenticator.stopping else self.reload(lambda error: None))}
         self.context: ssl.SSLContext | None = None  # once an account has needed HTTPS
         self.listening: dict[str, Addresses] = {"http": (), "https": ()}
         self.redirects: dict[str, list[Listener]] = {"http": [], "https": []}

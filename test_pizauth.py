@@ -5073,6 +5073,25 @@ class EndToEndTest(unittest.TestCase):
         self.assertLess(time.monotonic() - start, 1)
         self.assertFalse(os.path.exists(daemon.socket))
 
+    def test_a_sighup_while_it_stops_is_ignored(self):
+        """A reload would drop the result that is in flight, with a rotated token."""
+        hook = f"{sys.executable} {PROGRAM} dump > $HOME/dump"
+        text = self.provider.account(fault="slow") + f'token_event_cmd = "{hook}";'
+        daemon = self.start(text, "-vv")
+        daemon.visit()
+        before = daemon.show()
+        self.provider.broken = True
+        daemon.ask(b"refresh:withurl work")
+        self.assertTrue(until(lambda: self.provider.slow))
+        with open(daemon.config, "w", encoding="utf-8") as file:
+            file.write(text.replace("hush-hush", "another"))
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.process.send_signal(signal.SIGHUP)
+        self.assertEqual(daemon.process.wait(5), 0)
+        self.assertNotIn("Reloaded", daemon.logged())
+        self.assertIn("token_refreshed", daemon.logged())
+        self.assertFalse(self.holds(os.path.join(daemon.directory, "dump"), before))
+
     def test_reload_moves_listeners_or_changes_nothing(self):
         daemon = self.start(self.provider.account())
         before = json.loads(daemon.ask(b"info:"))["http_port"]
@@ -5147,8 +5166,9 @@ class EndToEndTest(unittest.TestCase):
         with open(f"/proc/{daemon.process.pid}/maps", encoding="utf-8") as file:
             self.assertNotRegex(file.read(), r"libssl|/_ssl\.")
 
-    @unittest.skipUnless(importlib.util.find_spec("cryptography"), "cryptography is not installed")
-    def test_while_a_certificate_is_made_others_are_served_and_the_reload_waits(self):
+    def making_a_certificate(self):
+        """A server that takes a second to make its certificate, the list of the replies to the
+        reload that waits for it, and that client's thread."""
         daemon = self.start(self.provider.account(), prelude=(
             "import time; mint = pizauth.mint_certificate\n"
             "pizauth.mint_certificate = lambda: time.sleep(1) or mint()"))
@@ -5157,7 +5177,12 @@ class EndToEndTest(unittest.TestCase):
         replies = []
         thread = threading.Thread(target=lambda: replies.append(daemon.ask(b"reload:")))
         thread.start()
-        time.sleep(0.3)
+        self.assertTrue(until(daemon.children))
+        return daemon, replies, thread
+
+    @unittest.skipUnless(importlib.util.find_spec("cryptography"), "cryptography is not installed")
+    def test_while_a_certificate_is_made_others_are_served_and_the_reload_waits(self):
+        daemon, replies, thread = self.making_a_certificate()
         start = time.monotonic()
         self.assertEqual(daemon.ask(b"status:"), b"ok:work: No access token")
         self.assertLess(time.monotonic() - start, 0.3)
@@ -5168,15 +5193,7 @@ class EndToEndTest(unittest.TestCase):
 
     @unittest.skipUnless(importlib.util.find_spec("cryptography"), "cryptography is not installed")
     def test_a_reload_that_waits_for_a_certificate_does_not_undo_a_later_one(self):
-        daemon = self.start(self.provider.account(), prelude=(
-            "import time; mint = pizauth.mint_certificate\n"
-            "pizauth.mint_certificate = lambda: time.sleep(1) or mint()"))
-        self.configure(daemon, self.provider.account(
-            "secure", 'redirect_uri = "https://localhost/";'))
-        replies = []
-        thread = threading.Thread(target=lambda: replies.append(daemon.ask(b"reload:")))
-        thread.start()
-        time.sleep(0.3)
+        daemon, replies, thread = self.making_a_certificate()
         self.configure(daemon, "", self.provider.account("later"))
         self.assertEqual(daemon.ask(b"reload:"), b"ok:")
         thread.join()
