@@ -4774,7 +4774,7 @@ class EndToEndTest(unittest.TestCase):
         return daemon
 
     def test_the_main_job(self):
-        self.provider.expires_in = 4
+        self.provider.expires_in = 2
         daemon = self.start(self.provider.account("work", "refresh_before_expiry = 1s;"))
         self.assertEqual(daemon.show(), "")
         status, page = daemon.visit()
