@@ -128,28 +128,34 @@ class RequestError(PizauthError):
 
 
 class BadRequest(PizauthError):
-    """An unusable request of a browser; the reply is a page with this status and text."""
+    """An unusable request of a browser. The reply is a page with this status, text and advice, and
+    a sign of SIGNS; the text is logged at this level."""
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: int, text: str, advice: str = "", sign: str = "unknown",
+                 level: int = DEBUG) -> None:
         super().__init__(text)
-        self.status = status
+        self.status, self.advice, self.sign, self.level = status, advice, sign, level
 
 
 class TokenError(PizauthError):
-    """The token endpoint gave no token. The text is cut to 500 printable characters.
+    """The token endpoint gave no token. The text is cut to 500 printable characters."""
 
-    `error` is the provider's error code (RFC 6749 5.2); `retry_after` is in seconds; `outage`: no
-    answer, or HTTP 408, 425, 429 or 5xx. Only after an outage is a code exchange retried.
-    """
-
-    def __init__(self, text: str, error: str = "", outage: bool = False,
-                 retry_after: float = 0) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__(printable(text)[:500])
-        self.error, self.outage, self.retry_after = error, outage, retry_after
 
 
 class TransientError(TokenError):
-    """Worth retrying."""
+    """Worth retrying; `retry_after` is in seconds. `cause` is one of
+
+    unreachable   no answer, or HTTP 408, 425, 429 or 5xx: only then is a code exchange retried
+    passing       an error that passes by its name, or a login page of the network
+    refusal       HTTP 400 or 401 with JSON that is no OAuth error
+    odd           any other answer
+    """
+
+    def __init__(self, text: str, cause: str, retry_after: float = 0) -> None:
+        super().__init__(text)
+        self.cause, self.retry_after = cause, retry_after
 
 
 class PermanentError(TokenError):
@@ -294,6 +300,7 @@ CHARACTER_HINTS = {
 A_TIME = "a whole number and a unit, such as 90s, 15m, 2h or 1d"
 A_STRING = "a string in double quotes"
 OVER_LINES = "This string continues on the next line"
+NAMES_SHOWN = 20  # accounts that are listed if there is none of the name asked for
 SHOWN_WIDTH = 60  # characters of the line that an error shows on either side of its mark
 
 
@@ -403,32 +410,85 @@ def split_uri(uri: str) -> urllib.parse.SplitResult:
     try:
         parts = urllib.parse.urlsplit(uri)
         host, _ = (parts.hostname or "")[:300], parts.port  # both may raise
-        host.encode("ascii" if host.isascii() else "idna")
+        if len(host) > 253:
+            raise ValueError("its host is too long")
+        if parts.netloc.startswith("[") or re.fullmatch(r"[^\s%:<>?\[\\\]^|]+", host):
+            normal_host(host)
+        elif "@" not in parts.netloc:
+            raise ValueError("its host is missing or misspelt; write it as https://HOST/PATH")
     except ValueError as error:
         raise ValueError(f"Invalid URI: {error}") from None
     if "@" in parts.netloc:
         raise ValueError("Invalid URI: a user name or password in it is not supported")
-    if len(host) > 253:
-        raise ValueError("Invalid URI: its host is too long")
-    bracketed = parts.netloc.startswith("[") and re.fullmatch(r"[0-9a-f:.]*:[0-9a-f:.]*", host)
-    if not bracketed and not re.fullmatch(r"[^\s%:<>?\[\\\]^|]+", host):
-        raise ValueError("Invalid URI: its host is missing or misspelt;"
-                         " write it as https://HOST/PATH")
+    if re.search(r"/(\.|%2[Ee]){1,2}(/|$)", parts.path):
+        raise ValueError("Invalid URI: '.' or '..' in its path: write the path without them")
     return parts
+
+
+def normal_host(host: str) -> str:
+    """A host as sent: in ASCII, and a numeric one in its normal form. Raises ValueError."""
+    if ":" in host:
+        import ipaddress  # few configurations need it
+
+        if "%" in host:
+            raise ValueError("an address with a zone is not supported")
+        address = ipaddress.IPv6Address(host)
+        number = int(address) & 0xffffffff
+        return re.sub(r"[0-9]+\..*", f"{number >> 16:x}:{number & 0xffff:x}", str(address))
+    if not host.isascii():
+        host = ascii_host(host)
+    if re.search(r"(^|\.)([0-9]+|0x[0-9a-f]*)\.?$", host):  # others would read it as a number
+        numbers = re.fullmatch(r"(0|[1-9][0-9]{0,2})" + r"\.(0|[1-9][0-9]{0,2})" * 3, host)
+        if numbers is None or any(int(number) > 255 for number in numbers.groups()):
+            raise ValueError(f"{host} is not a whole IPv4 address, such as 127.0.0.1")
+    return host
+
+
+def ascii_host(host: str) -> str:
+    """An international host in ASCII, if IDNA 2003 (RFC 3490) and 2008 (RFC 5891) agree on it.
+
+    Python's codec is of 2003: it changes a sharp s into ss and drops joiners, which names another
+    domain by the rules of 2008; it takes symbols, which 2008 refuses, and does not know the letters
+    of a newer Unicode. Raises ValueError.
+    """
+    import unicodedata
+
+    for c in host:
+        known = unicodedata.ucd_3_2_0.category(c)[0] in "LMN" or c in "-."
+        if not known or c in "\u00df\u1e9e\u03c2":  # sharp s, small and capital; final sigma
+            shown = c if c.isprintable() else ascii(c)[1:-1]
+            raise ValueError(f"programs disagree on the domain of a host with '{shown}':"
+                             " write the host in its ASCII form, xn--...")
+    return host.encode("idna").decode()
 
 
 def normal_uri(uri: str, port: int | None = None) -> str:
     """A URI as sent: lower-case scheme and host, a path, no default port; `port` replaces it."""
     parts = split_uri(uri)
-    host = parts.hostname or ""
-    if not host.isascii():
-        host = host.encode("idna").decode()
+    host = normal_host(parts.hostname or "")
     host = f"[{host}]" if ":" in host else host
     port = parts.port if port is None else port
     default = {"http": 80, "https": 443}[parts.scheme]
     place = host if port in (None, default) else f"{host}:{port}"
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return f"{parts.scheme}://{place}" + urllib.parse.quote(target, safe="/%:@!$&'()*+,;=~|[]^?")
+
+
+def is_loopback(uri: str) -> bool:
+    """Whether a URI in normal form is on this machine."""
+    host = urllib.parse.urlsplit(uri).hostname or ""
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", host) is not None
+
+
+def no_account(name: str, names: list[str]) -> str:
+    """The message for the name of an account that is not configured."""
+    import difflib
+
+    near = difflib.get_close_matches(name[:64], names, 1, 0.6)
+    shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+    hint = f"did you mean '{near[0]}'?" if near else f"the accounts are {shown}."
+    return printable(f"No account '{name}': {hint} An account that was added to the configuration"
+                     " takes a 'pizauth reload'")
 
 
 class Parser:
@@ -542,6 +602,8 @@ class Parser:
         """The message for a name that is no option here, inside or outside of an account."""
         if name in RENAMED:
             return f"Unknown option '{name}': {RENAMED[name]}"
+        if name == "account":
+            return "This account starts inside another one: a '}' is missing above"
         if name in self.account_options:
             return f"Option '{name}' belongs in an account: account \"NAME\" {{ {name} = ...; }}"
         if name in self.global_options:
@@ -633,6 +695,8 @@ ANSWER_LIMIT = 1 << 20  # Bytes of a token endpoint's answer.
 FORM_LIMIT = 64 << 10  # Bytes of an answer that is a form.
 FIELDS_LIMIT = 100  # Fields of a query or a form.
 PASSING_ERRORS = ("temporarily_unavailable", "server_error", "slow_down")
+OTHER_WORDS = ("error_code", "code", "status", "title", "message", "msg", "error_description",
+               "detail")  # where errors that are not of OAuth have theirs
 SECRET_FIELDS = ("code", "code_verifier", "refresh_token", "client_secret", "access_token")
 
 
@@ -716,65 +780,112 @@ def without_secrets(text: str, form: Form) -> str:
     return printable(text)
 
 
-def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes) -> bytes:
+def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes,
+                  location: str = "") -> bytes:
     """A child's report of a token request. Status 0: no answer, and the body says why. `whole`: the
-    length of the body was declared, so truncation would have been noticed."""
-    return f"{status} {retry_after} {whole:d}\n".encode() + body
+    length of the body was declared, so truncation would have been noticed. `location`: where it is
+    redirected to."""
+    head = f"{status} {retry_after} {whole:d} {printable(location)}\n"
+    return head.encode("utf-8", "replace") + body
 
 
 def token_response(outcome: bytes, form: Form) -> TokenResponse:
     """Judge an outcome. Raises TransientError or PermanentError, without secrets of the form."""
     head, _, body = outcome.partition(b"\n")
-    status, delay, whole = (float(word) for word in head.split())
-    delay = min(delay, RETRY_AFTER_LIMIT)
+    number, delay, whole, location = head.decode("utf-8", "replace").split(" ", 3)
+    status, retry_after = int(number), min(float(delay), RETRY_AFTER_LIMIT)
     if not status:
-        raise TransientError(without_secrets(body.decode("utf-8", "replace"), form), outage=True)
+        reason = without_secrets(body.decode("utf-8", "replace"), form)
+        raise TransientError(reason, "unreachable")
     answer = json_object(body)
-    error, *more = (word[:CHUNK] if isinstance(word, str) else ""
-                    for word in (answer.get("error"), answer.get("error_description")))
-    words = [without_secrets(word, form) for word in (error, *more) if word]
-    message = ": ".join([f"HTTP {status:.0f}", *words])
+    error, words = provider_words(answer or {})
+    message = ": ".join([f"HTTP {status}", *(without_secrets(word, form) for word in words)])
     if status in (408, 425, 429) or status >= 500:
-        raise TransientError(message, error, outage=True, retry_after=delay)
+        raise TransientError(message, "unreachable", retry_after)
+    fault = ""
     if 200 <= status < 300:
-        good = good_answer(answer or form_fields(body, bool(whole)))
-        if good is not None:
-            return good
-    if re.fullmatch(r"[!-~]+", error) and error not in PASSING_ERRORS:
-        raise PermanentError(message, error)
-    guess = "is token_uri right?" if status >= 400 else "is it a login page of the network?"
-    raise TransientError(message if words else f"{message}, but no OAuth answer: {guess}", error,
-                         retry_after=delay)
+        fields = form_fields(body, whole == "1") if answer is None else answer
+        try:
+            return good_answer(fields)
+        except ValueError as reason:
+            fault = "" if fields is None else str(reason)
+    if is_token(error) and error not in PASSING_ERRORS:
+        raise PermanentError(message)
+    cause, guess = other_answer(status, error, answer, location, fault)
+    guess = "" if words else without_secrets(guess, form)
+    raise TransientError(f"{message}, but {guess}" if guess else message, cause, retry_after)
 
 
-def json_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body, or {}. Numbers become floats: a million digits are fast then."""
+def other_answer(status: int, error: str, answer: dict[str, Any] | None, location: str,
+                 fault: str) -> tuple[str, str]:
+    """The cause of the TransientError that an answer leads to, and a guess for the person. `fault`:
+    what is wrong with fields that the answer has."""
+    if error in PASSING_ERRORS:
+        return "passing", ""
+    if fault:
+        return "odd", fault
+    if 300 <= status < 400:
+        return "passing", (f"redirects are not followed, here to {location}: is token_uri right, or"
+                           " is it a login page of the network?")
+    if status < 300:
+        return "passing", "no OAuth answer: is it a login page of the network?"
+    if status in (400, 401) and answer is not None:
+        return "refusal", "the reason is not given as an OAuth error"
+    return "odd", "no OAuth answer: is token_uri right?"
+
+
+def json_object(body: bytes) -> dict[str, Any] | None:
+    """The JSON object in a body, or None. A byte that is not UTF-8 spoils only its own text.
+    Numbers become floats: a million digits are fast then."""
     with suppress(ValueError, RecursionError):
-        value = json.loads(body, parse_int=float)
+        text = body.decode(json.detect_encoding(body), "replace")
+        value = json.loads(text, parse_int=float)
         if isinstance(value, dict):
             return value
-    return {}
+    return None
 
 
-def form_fields(body: bytes, whole: bool) -> dict[str, Any]:
-    """The fields of a form, as some providers answer, if the body is surely whole; else {}."""
-    text = body.decode("ascii", "replace").strip() if whole and len(body) <= FORM_LIMIT else ""
-    if not re.fullmatch(r"[!-~]+", text) or text.count("&") >= FIELDS_LIMIT:
-        return {}
-    return dict(urllib.parse.parse_qsl(text))
+def provider_words(answer: dict[str, Any]) -> tuple[str, list[str]]:
+    """The `error` of a bad answer (RFC 6749 5.2), or "", and what to tell the person: the error and
+    its description, else what other kinds of JSON errors have in their place."""
+    error = answer.get("error")
+    if isinstance(error, str) and error:
+        found = [error, answer.get("error_description")]
+    else:
+        found = [one.get(key) for one in (answer, error) if isinstance(one, dict)
+                 for key in OTHER_WORDS]
+    words = [word[:CHUNK] for word in found if isinstance(word, str) and word]
+    return (words[0] if isinstance(error, str) and error else ""), words
 
 
-def good_answer(answer: dict[str, Any]) -> TokenResponse | None:
-    """The tokens in an answer (RFC 6749 5.1), read with tolerance; None if it is no good."""
-    access_token, refresh_token = answer.get("access_token"), answer.get("refresh_token")
+def form_fields(body: bytes, whole: bool) -> dict[str, Any] | None:
+    """The fields of a form, as some providers answer, if the body is surely whole; else None."""
+    text = body.decode("utf-8", "replace").strip() if whole and len(body) <= FORM_LIMIT else ""
+    if not re.fullmatch(r"[!-~\x80-\U0010ffff]+", text) or text.count("&") >= FIELDS_LIMIT:
+        return None
+    return dict(urllib.parse.parse_qsl(text)) or None
+
+
+def good_answer(answer: dict[str, Any] | None) -> TokenResponse:
+    """The tokens in an answer (RFC 6749 5.1), read with tolerance. Raises ValueError if it is no
+    good one, with the reason."""
+    answer = answer or {}
+    access_token, refresh_token = answer.get("access_token"), answer.get("refresh_token") or None
     token_type = answer.get("token_type")
-    good = (isinstance(access_token, str) and re.fullmatch(r"[!-~]+", access_token)
-            and (refresh_token is None
-                 or isinstance(refresh_token, str) and re.fullmatch(r"[!-~]*", refresh_token))
-            and (token_type is None or str(token_type).lower() == "bearer"))
-    life = sensible_life(answer.get("expires_in"))
-    return TokenResponse(access_token=str(access_token), expires_in=life,
-                         refresh_token=refresh_token or None) if good else None
+    for name, token in (("access_token", access_token), ("refresh_token", refresh_token)):
+        if token is not None and not (isinstance(token, str) and is_token(token)):
+            raise ValueError(f"its {name} is not printable ASCII without blanks")
+    if access_token is None:
+        raise ValueError("without an access_token: is token_uri right?")
+    if token_type is not None and str(token_type).lower() != "bearer":
+        raise ValueError(f"its token_type is '{str(token_type)[:100]}' instead of 'bearer'")
+    return TokenResponse(access_token=access_token, refresh_token=refresh_token,
+                         expires_in=sensible_life(answer.get("expires_in")))
+
+
+def is_token(text: str) -> bool:
+    """Whether a text can be a token: printable ASCII without blanks (RFC 6749 A.12, A.17)."""
+    return re.fullmatch(r"[!-~]+", text) is not None
 
 
 def sensible_life(expires_in: object) -> float | None:
@@ -793,6 +904,11 @@ def sensible_life(expires_in: object) -> float | None:
 REQUEST_LIMIT = 64 << 10  # Bytes of a control request.
 RESTORE_LIMIT = 16 << 20  # Bytes of one that brings a dump.
 HEAD_LIMIT = 64 << 10  # Bytes of an HTTP head: browsers send the cookies of all localhost.
+HTTPS_HERE = (
+    "a browser spoke HTTPS to the HTTP port, probably because some program on localhost has asked"
+    " for that (HSTS): have the browser forget the security policy of localhost (in Chromium at"
+    " chrome://net-internals/#hsts), or write 127.0.0.1 or https: in redirect_uri")
+LOG_IN_AGAIN = "To log in, run 'pizauth show ACCOUNT' and open the URL that it prints."
 
 
 def until_eof(buffer: bytearray, eof: bool) -> bytes | None:
@@ -811,7 +927,10 @@ def http_head(buffer: bytearray, eof: bool) -> tuple[str, str] | None:
     blank_line = re.search(rb"\n\r?\n", buffer)
     end = len(buffer) if blank_line is None else blank_line.start()
     if end > HEAD_LIMIT:
-        raise BadRequest(431, f"The request is longer than {HEAD_LIMIT >> 10} KiB.")
+        raise BadRequest(
+            431, f"The request is longer than {HEAD_LIMIT >> 10} KiB.",
+            "The browser has many cookies of programs on localhost: delete them, and open the URL"
+            " again; or write 127.0.0.1 instead of localhost in redirect_uri.")
     if blank_line is None:
         if eof and buffer:
             raise BadRequest(400, "The request ended too soon.")
@@ -822,6 +941,8 @@ def http_head(buffer: bytearray, eof: bool) -> tuple[str, str] | None:
 def check_request_line(line: bytes, whole: bool) -> None:
     """Raise BadRequest if a request line, or the start of one, is not a GET of a path."""
     method, space, rest = line.partition(b" ")
+    if line.startswith(b"\x16"):  # a TLS handshake (RFC 8446 5.1)
+        raise BadRequest(400, HTTPS_HERE, level=WARNING)
     if (not re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{0,16}", method)
             or (space or whole) and not method):
         raise BadRequest(400, "This is not an HTTP request.")
@@ -863,18 +984,26 @@ def redirect_matches(redirect_uri: str, scheme: str, host: str, target: str) -> 
     )
 
 
-def page(status: int, text: str) -> bytes:
-    """A whole HTTP response with a text for a person, in which everything is escaped."""
-    style = ("body{font:1.1em/1.5 sans-serif;max-width:36em;margin:15vh auto;padding:0 1em;"
-             "overflow-wrap:anywhere}")
+SIGNS = {  # of a page: how the login went
+    "worked": "\u2714 Authorised", "failed": "\u2718 Not authorised", "unknown": "? Not known yet"}
+STYLE = (
+    "body{font:1.1em/1.5 sans-serif;max-width:36em;margin:12vh auto;padding:0 1em;"
+    "overflow-wrap:anywhere}h1{font-size:1.5em}.worked{color:#17652c}.failed{color:#b3261e}"
+    "@media(prefers-color-scheme:dark){.worked{color:#6fdd8b}.failed{color:#ff9d94}}")
+
+
+def page(status: int, sign: str, text: str, advice: str) -> bytes:
+    """A whole HTTP response for a person: how the login went, a key of SIGNS; the text; what to do
+    next. Everything in it is escaped."""
+    text, advice = (html.escape(printable(part)) for part in (text, advice))
     body = (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
         '<meta name="color-scheme" content="light dark">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>pizauth</title><style>{style}</style>"
-        f"<h1>pizauth</h1><p>{html.escape(printable(text))}</p></html>\n"
+        f"<title>{SIGNS[sign]} - pizauth</title><style>{STYLE}</style>"
+        f'<h1 class="{sign}">{SIGNS[sign]}</h1><p>{text}</p><p>{advice}</p></html>\n'
     ).encode()
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     headers = [
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
         "Content-Type: text/html; charset=utf-8",
@@ -890,10 +1019,33 @@ def page(status: int, text: str) -> bytes:
     return "\r\n".join([*headers, "", ""]).encode() + body
 
 
+def next_step(sign: str, name: str) -> str:
+    """What to do after an account's login that went by this sign."""
+    return {
+        "worked": "Mail programs get its tokens from now on.",
+        "failed": f"To try again, run 'pizauth show {name}' and open the URL that it prints.",
+        "unknown": "'pizauth status' tells how it ends."}[sign]
+
+
+def error_words(response: Fields) -> str:
+    """The provider's words in an authorization response with an `error` (RFC 6749 4.1.2.1)."""
+    words = filter(None, map(response.get, ("error", "error_description")))
+    return printable(": ".join(words))[:500] or "no reason given"
+
+
+def nothing_here(response: Fields) -> BadRequest:
+    """The refusal of a request without `state`, which may be a provider's error all the same."""
+    if "error" not in response:
+        return BadRequest(404, "There is nothing here.")
+    return BadRequest(404, f"The provider refused: {error_words(response)}",
+                      "It did not say which login that was, so an account may still wait for one:"
+                      " see 'pizauth status'. " + LOG_IN_AGAIN, "failed", INFO)
+
+
 def refusal(error: PizauthError) -> bytes:
     """The reply to a refused peer: a page for a browser, `error:` and a sentence for a client."""
     if isinstance(error, BadRequest):
-        return page(error.status, str(error))
+        return page(error.status, error.sign, str(error), error.advice or LOG_IN_AGAIN)
     return f"error:{error}".encode("utf-8", "replace")
 
 
@@ -930,6 +1082,7 @@ class Pending(Record):
     """A login has begun: the person must visit the URL."""
 
     url: str
+    state: str = ""  # by which its redirect is known, if it ends with one
     remind_at: float
     notified_at: float | None = None
     notifying: bool = False  # while auth_notify_cmd runs
@@ -953,7 +1106,6 @@ class Pending(Record):
 class RedirectLogin(Pending):
     """A login that ends with a redirect of the browser to our listener (RFC 6749 4.1)."""
 
-    state: str
     code_verifier: str
     redirect_uri: str
     form: Form | None = None  # once there is a code: the form that exchanges it
@@ -965,6 +1117,13 @@ class RedirectLogin(Pending):
         if self.retry_at is not None:
             yield self.retry_at, "exchange"
 
+    def reply(self, with_url: bool) -> bytes:
+        if self.form is None:
+            return super().reply(with_url)
+        failed = "" if self.retry_at is None else ", for the last try failed (see pizauth status)"
+        return ("error:The authorisation is being completed: its code is exchanged for a token"
+                f"{' again' if failed else ''}{failed}. There is no need to log in again").encode()
+
 
 class Active(Record):
     """There is an access token. It may have expired, and may have no refresh token."""
@@ -973,20 +1132,28 @@ class Active(Record):
     obtained_at: float
     expires_at: float
     refresh_token: str | None
+    state: str = ""  # of the redirect that this login came by
     not_before: float = 0  # when the next refresh may start, whoever asks for it
     wanted: bool = False  # a refresh was asked for that could not start at once
     cancel: Cancel | None = None  # set while a refresh runs, or transient_error_if_cmd
+    judging: bool = False  # while transient_error_if_cmd runs
     attempted_at: float | None = None
     failed_at: float | None = None
     failures: int = 0  # in a row
+    refusals: int = 0  # in a row, in words that are not OAuth's
     retry_after: float = 0
+    complaint: str = ""  # the last failure, unless it was an outage
+    complained: bool = False  # once the person was told
 
     def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
-        """When it expires, if it has no refresh token; else its next refresh, if none runs."""
+        """When it expires, if it has no refresh token; else, unless a refresh runs, the next one,
+        and when to tell the person that none succeeds."""
         if self.refresh_token is None:
             yield self.expires_at, "expire"
         elif self.cancel is None:
             yield max(self.not_before, self.refresh_due(account)), "refresh"
+            if self.complaint and not self.complained:
+                yield self.expires_at, "complain"
 
     def refresh_due(self, account: Account) -> float:
         """When the next refresh starts if none runs (pizauth.conf(5) tells the schedule)."""
@@ -1002,8 +1169,9 @@ class Active(Record):
     def status(self, clock: Clock) -> str:
         """The state as `status` prints it."""
         if clock.now() < self.expires_at:
+            lasting = "" if self.refresh_token else "; no refresh token"
             return (f"Active access token (obtained {clock.date(self.obtained_at)};"
-                    f" expires {clock.date(self.expires_at)})")
+                    f" expires {clock.date(self.expires_at)}{lasting})")
         if self.attempted_at is None:
             return "Access token expired (refresh not yet attempted)"
         return f"Access token expired (last refresh attempt {clock.date(self.attempted_at)})"
@@ -1077,8 +1245,13 @@ class DumpReader:
         """An Active with times in seconds since the epoch, or None."""
         if not self.choice(4):
             return None
-        return Active(access_token=self.read("string"), obtained_at=self.read("time"),
-                      expires_at=self.read("time"), refresh_token=self.read("optional"))
+        token = Active(access_token=self.read("string"), obtained_at=self.read("time"),
+                       expires_at=self.read("time"), refresh_token=self.read("optional"))
+        for text in (token.access_token, token.refresh_token):
+            if text is not None and not is_token(text):
+                raise RequestError("This dump holds a token that is none: it is empty, or is not"
+                                   " printable ASCII without blanks")
+        return token
 
 
 def dumped_options(account: Account) -> tuple[dict[str, Any], dict[str, str]]:
@@ -1211,7 +1384,9 @@ HOOK_LIMIT = 60  # Seconds that error_notify_cmd and token_event_cmd may run.
 VERDICT_LIMIT = 180  # Seconds that transient_error_if_cmd may run.
 VERDICT_FAILURES = 6  # Failures in a row between two runs of transient_error_if_cmd.
 KEEPS_LOGIN = (0, 126, 127)  # Its exit statuses that keep the login: yes, or it could not start.
-NO_OUTCOME_YET = "pizauth processing authentication: you can safely close this page."
+REFUSALS = 3  # From this many in a row, in words that are not OAuth's, an expired token is dropped.
+CLOSE_PAGE = "you can safely close this page."
+NO_OUTCOME_YET = f"pizauth processing authentication: {CLOSE_PAGE}"
 SUPERSEDED = "This authorization request is void: there is a newer one, or the account has changed."
 NO_REFRESH_TOKEN = ("the provider gave no refresh token, so this account must be authorised again"
                     " when its access token expires; what usually helps is the scope offline_access"
@@ -1223,7 +1398,7 @@ class Waiter(Record):
 
     account: str
     until: float  # when it is told that there is no outcome yet
-    tell: Callable[[str], None]  # takes a sentence for the person; empty: no outcome yet
+    tell: Callable[[str, str], None]  # takes a key of SIGNS, and a sentence for the person
 
 
 class Authenticator:
@@ -1240,15 +1415,17 @@ class Authenticator:
                  log: Callable[[int, str], None]) -> None:
         self.config = config
         self.ports: dict[str, int | None] = {"http": None, "https": None}  # of redirect listeners
-        self.about_https: Fields = {}  # what `info` adds about the HTTPS listener
+        self.about_server: Fields = {}  # what `info` says besides the ports
+        self.about_https: Fields = {}  # and what it adds about the HTTPS listener
         self.reload: Callable[[Reloaded], None]  # given by the server
         self.stopping = False
         self._clock, self._post, self._run, self._log = clock, post, run, log
         self._tokens: dict[str, Token | None] = dict.fromkeys(config.accounts)
-        self._states: dict[str, str] = {}  # `state` of each RedirectLogin -> its account's name
+        self._states: dict[str, str] = {}  # `state` of each redirect -> its account's name
         self._waiters: list[Waiter] = []
         self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
         self._not_before: dict[str, float] = {}  # when an account's next refresh may start
+        self._notified: dict[str, float] = {}  # when an account's person was last notified
         self._events: list[tuple[str, str]] = []  # for token_event_cmd, which runs for the first
         self._deadline: float | None = None  # None: not known
 
@@ -1274,7 +1451,7 @@ class Authenticator:
         late = [waiter for waiter in self._waiters if waiter.until <= now]
         self._waiters = [waiter for waiter in self._waiters if waiter.until > now]
         for waiter in late:
-            waiter.tell("")
+            waiter.tell("unknown", NO_OUTCOME_YET)
         self._forget_deadline()
 
     def _appointments(self) -> Iterator[tuple[float, str, str, Token]]:
@@ -1291,14 +1468,15 @@ class Authenticator:
     # Transitions.
 
     def _replace(self, name: str, token: Token | None, event: str | None, told: str = "") -> None:
-        """Change an account's state; nothing else does. `told` goes to the peers that wait."""
+        """Change an account's state; nothing else does. `told` goes to the peers that wait for a
+        login, if it fails by this."""
         old = self._tokens[name]
         self._tokens[name] = token
-        if isinstance(old, RedirectLogin):
-            del self._states[old.state]
-        if isinstance(token, RedirectLogin):
+        if old is not None:
+            self._states.pop(old.state, None)
+        if token is not None and token.state:
             self._states[token.state] = name
-        elif isinstance(token, Active):
+        if isinstance(token, Active):
             token.not_before = self._not_before.get(name, 0)
         self._forget_deadline()
         state = "no token" if not token else "active" if isinstance(token, Active) else "pending"
@@ -1307,14 +1485,17 @@ class Authenticator:
             old.cancel()
         if event is not None:
             self._tell_event(name, event)
-        self._tell_waiters(name, told)  # last: a waiter may replace the state again
+        if isinstance(token, Active):  # last, both: a waiter may replace the state again
+            self._tell_waiters(name, "worked", f"Account {name} is authorised: {CLOSE_PAGE}")
+        else:
+            self._tell_waiters(name, "failed", told)
 
-    def _tell_waiters(self, name: str, told: str) -> None:
+    def _tell_waiters(self, name: str, sign: str, text: str) -> None:
         """Tell the peers that wait for an account's login how it went."""
         waiters = [waiter for waiter in self._waiters if waiter.account == name]
         self._waiters = [waiter for waiter in self._waiters if waiter.account != name]
         for waiter in waiters:
-            waiter.tell(told)
+            waiter.tell(sign, text)
 
     def _unless_replaced(self, name: str, token: Token, then: Any) -> Callable[..., None]:
         """A callback for the work that token.cancel stops: then(name, token, *results), unless the
@@ -1333,7 +1514,8 @@ class Authenticator:
         state, code_verifier = secrets.token_urlsafe(32), secrets.token_urlsafe(64)
         redirect_uri = self._redirect_uri(account)
         url = authorization_request(account, state, code_verifier, redirect_uri)
-        pending = RedirectLogin(url=url, remind_at=self._clock.now(), state=state,
+        remind_at = max(self._clock.now(), self._notified.get(account.name, 0) + REMINDER_GAP)
+        pending = RedirectLogin(url=url, remind_at=remind_at, state=state,
                                 code_verifier=code_verifier, redirect_uri=redirect_uri)
         self._replace(account.name, pending, None, SUPERSEDED)
         return pending
@@ -1351,7 +1533,7 @@ class Authenticator:
         self._forget_deadline()
         if pending.notifying:
             return
-        pending.notified_at = now
+        pending.notified_at = self._notified[name] = now
         if self.config.auth_notify_cmd is not None:
             pending.notifying = True
             self._command("auth_notify_cmd", name, {"PIZAUTH_URL": pending.url}, FOR_EVER,
@@ -1371,7 +1553,8 @@ class Authenticator:
         try:
             response = token_response(outcome, pending.form or [])
         except TokenError as error:
-            if error.outage and pending.tries < CODE_TRIES:
+            retried = isinstance(error, TransientError) and error.cause == "unreachable"
+            if retried and pending.tries < CODE_TRIES:
                 pending.retry_at = self._clock.now() + CODE_RETRY_INTERVAL
                 message = f"Authentication for {name} failed, and will be tried again: {error}"
                 self._failed(name, message, INFO)
@@ -1383,13 +1566,12 @@ class Authenticator:
     def _obtained(self, name: str, response: TokenResponse, refresh_token: str | None,
                   event: str) -> None:
         """A new access token replaces the account's state."""
-        now = self._clock.now()
+        now, before = self._clock.now(), self._tokens[name]
         life = response.expires_in or min(self.config.accounts[name].refresh_at_least, LIFE_LIMIT)
         token = Active(access_token=response.access_token, obtained_at=now, expires_at=now + life,
-                       refresh_token=refresh_token)
+                       refresh_token=refresh_token, state=before.state if before else "")
         self._errors.pop(name, None)
-        told = f"Account {name} is authorised: you can safely close this page."
-        self._replace(name, token, event, told)
+        self._replace(name, token, event)
         if refresh_token is None:
             self._log(WARNING, f"{name}: {NO_REFRESH_TOKEN}")
 
@@ -1411,20 +1593,43 @@ class Authenticator:
         try:
             response = token_response(outcome, [*form, ("access_token", token.access_token)])
         except TransientError as error:
-            token.failures += 1
-            token.failed_at, token.retry_after = self._clock.now(), error.retry_after
-            self._failed(name, f"Refreshing {name} failed, and will be tried again: {error}", INFO)
-            if token.failures % VERDICT_FAILURES == 0 and self.config.transient_error_if_cmd:
-                token.cancel = self._command("transient_error_if_cmd", name, {}, VERDICT_LIMIT,
-                                             self._unless_replaced(name, token, self._judged))
+            self._refresh_failed(name, token, error)
         except PermanentError as error:
             self._login_failed(name, "token_invalidated", f"Refreshing {name} failed: {error}")
         else:
             refresh_token = response.refresh_token or token.refresh_token
             self._obtained(name, response, refresh_token, "token_refreshed")
 
+    def _refresh_failed(self, name: str, token: Active, error: TransientError) -> None:
+        """A refresh has failed, and will be tried again, unless it is a refusal after all."""
+        now, token_uri = self._clock.now(), normal_uri(self.config.accounts[name].token_uri)
+        token.failures += 1
+        token.failed_at, token.retry_after = now, error.retry_after
+        # Over plain HTTP the answer may be anybody's.
+        refusal = error.cause == "refusal" and (
+            token_uri.startswith("https:") or is_loopback(token_uri))
+        token.refusals = token.refusals + 1 if refusal else 0
+        if token.refusals >= REFUSALS and token.expires_at <= now:
+            self._login_failed(name, "token_invalidated", f"Refreshing {name} failed: {error}")
+            return
+        token.complaint = str(error) if error.cause in ("refusal", "odd") else ""
+        self._failed(name, f"Refreshing {name} failed, and will be tried again: {error}", INFO)
+        if token.failures % VERDICT_FAILURES == 0 and self.config.transient_error_if_cmd:
+            token.judging = True
+            token.cancel = self._command("transient_error_if_cmd", name, {}, VERDICT_LIMIT,
+                                         self._unless_replaced(name, token, self._judged))
+
+    def _complain(self, name: str, token: Active) -> None:
+        """Tell the person of a token that has expired and is refused a refresh, if it was no
+        outage."""
+        token.complained = True
+        self._forget_deadline()
+        self._report(name, f"Refreshing {name} keeps failing: {token.complaint}. It will be tried"
+                           f" again; 'pizauth revoke {name}' leads to a new login")
+
     def _judged(self, name: str, token: Active, status: int | None, output: bytes) -> None:
         """Drop the login if transient_error_if_cmd fails or is killed; not if it cannot start."""
+        token.judging = False
         if status not in KEEPS_LOGIN and not output and not self.stopping:
             message = f"Refreshing {name} failed for good, says transient_error_if_cmd"
             self._replace(name, None, "token_invalidated", message)
@@ -1433,16 +1638,24 @@ class Authenticator:
     def _expire(self, name: str, token: Active) -> None:
         """An access token without refresh token has expired."""
         self._replace(name, None, "token_invalidated")
+        self._failed(name, f"The access token of {name} has expired, and the provider had given no"
+                           " refresh token: log in again", WARNING)
 
     _ACTS: Mapping[str, Callable[[Authenticator, str, Any], None]] = {
-        "exchange": _exchange, "expire": _expire, "refresh": _refresh, "remind": _remind}
+        "complain": _complain, "exchange": _exchange, "expire": _expire, "refresh": _refresh,
+        "remind": _remind}
 
     def _login_failed(self, name: str, event: str | None, message: str) -> None:
         """The login has ended in failure: forget it, and tell the person."""
         self._replace(name, None, event, message)
-        notify = self.config.error_notify_cmd is not None
-        self._failed(name, message, INFO if notify else ERROR)
-        if notify:
+        self._errors[name] = (self._clock.now(), printable(message))
+        self._report(name, message)
+
+    def _report(self, name: str, message: str) -> None:
+        """Tell the person of a failure: by error_notify_cmd if it is set, else in the log."""
+        hook = self.config.error_notify_cmd is not None
+        self._log(INFO if hook else ERROR, printable(message))
+        if hook:
             variables = {"PIZAUTH_MSG": printable(message)}
             self._command("error_notify_cmd", name, variables, HOOK_LIMIT)
 
@@ -1497,38 +1710,46 @@ class Authenticator:
         try:
             self._redirected(scheme, *head, answer)
         except BadRequest as error:
-            self._log(DEBUG, f"A browser request was refused: {error}")
+            self._log(error.level, f"A browser request was refused: {error}")
             answer(refusal(error))
 
     def _redirected(self, scheme: str, target: str, host: str, answer: Answer) -> None:
         """The checks are ordered so that no stray or forged request changes any state."""
         response = authorization_response(target.partition("?")[2])
         if "state" not in response:
-            raise BadRequest(404, "There is nothing here.")
+            raise nothing_here(response)
         name = self._states.get(response["state"])  # of 256 random bits (RFC 6749 10.12)
-        pending = None if name is None else self._tokens[name]
-        if name is None or not isinstance(pending, RedirectLogin):
-            answer(page(200, "No pending token matches request state: request a fresh token"))
+        if name is None:
+            raise BadRequest(
+                200, "No pending token matches request state: request a fresh token",
+                "The login that this page belongs to has ended, or a newer one has taken its place:"
+                " 'pizauth status' tells how things are. " + LOG_IN_AGAIN)
+        token = self._tokens[name]
+        if isinstance(token, Active):
+            text = f"Account {name} is authorised already: {CLOSE_PAGE}"
+            answer(page(200, "worked", text, next_step("worked", name)))
             return
-        if not redirect_matches(pending.redirect_uri, scheme, host, target):
-            raise BadRequest(404, "This is not the address that the account redirects to.")
-        if pending.form is None:
-            self._respond(name, pending, response)
+        assert isinstance(token, RedirectLogin), "no other login waits for a redirect"
+        if not redirect_matches(token.redirect_uri, scheme, host, target):
+            raise BadRequest(404, "This is not the address that the account redirects to.",
+                             "The login still waits for its redirect. Is redirect_uri in"
+                             " pizauth.conf what the provider has on record?")
+        if token.form is None:
+            self._respond(name, token, response)
         self._waiters.append(Waiter(
             account=name, until=self._clock.now() + BROWSER_PATIENCE,
-            tell=lambda text: answer(page(200, text or NO_OUTCOME_YET))))
+            tell=lambda sign, text: answer(page(200, sign, text, next_step(sign, name)))))
         self._forget_deadline()
 
     def _respond(self, name: str, pending: RedirectLogin, response: Fields) -> None:
         """Exchange the code of an authorization response. Raises BadRequest if it has none."""
         if "error" in response:
-            words = filter(None, map(response.get, ("error", "error_description")))
-            reason = printable(": ".join(words))[:500] or "no reason given"
-            message = f"Authentication for {name} failed: {reason}"
+            message = f"Authentication for {name} failed: {error_words(response)}"
             self._login_failed(name, None, message)
-            raise BadRequest(400, message)
+            raise BadRequest(400, message, next_step("failed", name), "failed")
         if not response.get("code"):
-            raise BadRequest(400, "The address has no 'code': request a fresh token.")
+            raise BadRequest(400, "The address has no 'code': the login still waits for one.",
+                             f"Open the URL that 'pizauth show {name}' prints.")
         pending.form = access_token_request(
             self.config.accounts[name], response["code"], pending.code_verifier,
             pending.redirect_uri)
@@ -1543,7 +1764,8 @@ class Authenticator:
 
     def _info(self, rest: bytes, answer: Answer) -> None:
         ports = {f"{scheme}_port": str(port or "none") for scheme, port in self.ports.items()}
-        answer(json.dumps({**ports, **(self.about_https if self.ports["https"] else {})}).encode())
+        about_https = self.about_https if self.ports["https"] else {}
+        answer(json.dumps({**self.about_server, **ports, **about_https}).encode())
 
     def _refresh_now(self, rest: bytes, answer: Answer) -> None:
         """Start a refresh, or make a fresh request if there is nothing to refresh."""
@@ -1607,13 +1829,16 @@ class Authenticator:
         b"restore": _restore, b"revoke": _revoke, b"showtoken": _showtoken,
         b"shutdown": _shutdown, b"status": _status}
 
+    _ALONE = (b"dump", b"info", b"reload", b"shutdown", b"status")  # they take nothing
+
     def control(self, request: bytes, answer: Answer) -> None:
         """Answer a control client's request."""
         verb, colon, rest = request.partition(b":")
         try:
             if not colon or verb not in self._VERBS:
-                raise RequestError(
-                    "Unknown request: do client and server differ in version?")
+                raise RequestError("Unknown request: do client and server differ in version?")
+            if rest and verb in self._ALONE:
+                raise RequestError(f"Nothing may follow '{verb.decode()}:' in this version")
             self._log(TRACE, f"Control request: {verb.decode()}")
             self._VERBS[verb](self, rest, answer)
         except PizauthError as error:
@@ -1628,7 +1853,7 @@ class Authenticator:
     def _account(self, raw: bytes) -> Account:
         name = raw.decode("utf-8", "replace")
         if name not in self.config.accounts:
-            raise RequestError(f"No account '{printable(name)}'")
+            raise RequestError(no_account(name, list(self.config.accounts)))
         return self.config.accounts[name]
 
     def _expire_if_due(self, name: str) -> Token | None:
@@ -1641,9 +1866,9 @@ class Authenticator:
 
     def _refresh_soon(self, name: str, token: Active) -> None:
         """Refresh as soon as allowed, whatever the schedule or Retry-After say."""
-        if token.cancel is not None or self.stopping:
-            return  # a refresh runs already, or its result would be lost
-        if token.not_before <= self._clock.now():
+        if self.stopping or token.cancel is not None and not token.judging:
+            return  # its result would be lost, or a refresh runs already
+        if token.cancel is None and token.not_before <= self._clock.now():
             self._refresh(name, token)
         else:
             token.wanted = True
@@ -1677,6 +1902,7 @@ class Authenticator:
                 self._errors.pop(name, None)
                 if after is None:
                     self._not_before.pop(name, None)
+                    self._notified.pop(name, None)
                 self._replace(name, None, None, SUPERSEDED)
         self._tokens = {name: self._tokens.get(name) for name in config.accounts}
         self._forget_deadline()
@@ -1689,7 +1915,7 @@ class Authenticator:
     def answer_waiting(self) -> None:
         """Tell the peers that wait for a login that there will be no outcome."""
         for name in self._tokens:
-            self._tell_waiters(name, "pizauth was stopped: start it and request a fresh token.")
+            self._tell_waiters(name, "failed", "pizauth was stopped: start it again.")
 
 
 # ---- Work for children ----
@@ -1723,7 +1949,8 @@ def run_child(work: Callable[[], bytes], pipe: int, limit: float, nice: int) -> 
         except PizauthError as error:
             output = str(error).encode()
         except Exception as error:  # a bug, or a module that was removed: the server reports it
-            output = f"{type(error).__name__}: {error}".encode("utf-8", "replace")
+            output = (f"{type(error).__name__}: {error} (if Python was upgraded since pizauth was"
+                      " started, restart pizauth)").encode("utf-8", "replace")
         write_all(pipe, output)
     finally:
         os._exit(status)
@@ -1738,13 +1965,19 @@ def limit_resources(descriptors: int) -> int:
     return before
 
 
+def usable_shell(path: str) -> str:
+    """This shell, if it is an executable file that runs commands; else /bin/sh."""
+    usable = os.path.isfile(path) and os.access(path, os.X_OK)
+    return path if usable and os.path.basename(path) not in ("nologin", "false") else "/bin/sh"
+
+
 def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
     """In a child: become a shell that runs the command. Returns only if there is no shell."""
-    shell = os.environ.get("SHELL") or "/bin/sh"
+    shell = usable_shell(os.environ.get("SHELL", ""))
     try:
         os.setsid()  # so that Ctrl-C on the server's terminal does not end it
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE,
-                       signal.SIGXFSZ):
+                       signal.SIGXFSZ, signal.SIGTTOU):
             signal.signal(number, signal.SIG_DFL)
         with suppress(ValueError):  # macOS does not take an infinite limit back
             limit_resources(descriptors)
@@ -1768,25 +2001,79 @@ def post_form(uri: str, form: Form) -> bytes:
 
         https_response = http_response
 
-    socket.create_connection = partial(connect, socket.create_connection)  # in this process alone
+    class FinalResponse(http.client.HTTPResponse):
+        def _read_status(self) -> tuple[str, int, str]:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            interim = 100 <= status < 200  # begin() passes over 100 alone (RFC 9110 15.2)
+            return version, http.client.CONTINUE if interim else status, reason
+
+    http.client.HTTPConnection.response_class = FinalResponse  # in this process alone
+    socket.create_connection = partial(connect, socket.create_connection)
     headers = {"Accept": "application/json", "User-Agent": f"pizauth.py/{VERSION}"}
     request = urllib.request.Request(uri, urllib.parse.urlencode(form).encode(), headers)
-    proxies = {} if is_loopback(uri) else urllib.request.getproxies_environment()
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), AnyStatus)
     try:
-        with opener.open(request) as response:
-            body = bytearray(ANSWER_LIMIT + 1)
-            size = response.readinto(body)  # unlike read(n), not fooled by a chunk of size -1
-            if response.length and size <= ANSWER_LIMIT:
-                raise OSError("the answer was cut short")
-            whole = response.length is not None or response.chunked
+        proxies = urllib.request.ProxyHandler(proxy_for(uri))
+        with urllib.request.build_opener(proxies, AnyStatus).open(request) as response:
+            location = re.split("[?#]", response.headers.get("Location", ""))[0]
             delay = retry_after(response.headers.get("Retry-After", ""))
-            return outcome_bytes(response.status, delay, whole,
-                                 bytes(body[:size]) if size <= ANSWER_LIMIT else b"")
+            whole, body = read_answer(response)
+            return outcome_bytes(response.status, delay, whole, body, location)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         host = urllib.parse.urlsplit(uri).netloc
         return outcome_bytes(0, 0, False, f"no answer from {host}: {reason}".encode())
+
+
+def read_answer(response: http.client.HTTPResponse) -> tuple[bool, bytes]:
+    """In a child: whether a body's length was declared, and the body, unpacked; empty if it is too
+    long. Raises OSError if it is cut short."""
+    body = bytearray(ANSWER_LIMIT + 1)
+    size = response.readinto(body)  # unlike read(n), not fooled by a chunk of size -1
+    if size > ANSWER_LIMIT:
+        return False, b""
+    if response.length:
+        raise OSError("the answer was cut short")
+    coding = response.headers.get("Content-Encoding", "").strip().lower()
+    whole = response.length is not None or response.chunked
+    plain = unpacked(bytes(body[:size]), coding)
+    return whole, plain if len(plain) <= ANSWER_LIMIT else b""
+
+
+def unpacked(body: bytes, coding: str) -> bytes:
+    """A body without its Content-Encoding (RFC 9110 8.4.1); of one that is too long, a byte more
+    than ANSWER_LIMIT. No coding was asked for. Raises OSError."""
+    import zlib
+
+    # deflate should have the zlib format, and has none from some servers
+    windows = {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}
+    if not body or coding in ("", "identity"):
+        return body
+    for window in windows.get(coding, ()):
+        unpacker = zlib.decompressobj(window)
+        with suppress(zlib.error):
+            plain = unpacker.decompress(body, ANSWER_LIMIT + 1)
+            if not unpacker.eof and len(plain) <= ANSWER_LIMIT:
+                raise OSError("the answer was cut short")
+            return plain
+    raise OSError(f"the answer cannot be unpacked: its Content-Encoding is {coding}")
+
+
+def proxy_for(uri: str) -> Fields:
+    """In a child: the proxy for a URI that the environment names, by scheme; this machine is never
+    reached through one. Raises OSError."""
+    import urllib.request
+
+    parts = urllib.parse.urlsplit(uri)
+    found = urllib.request.getproxies_environment()
+    proxy = found.get(parts.scheme) or found.get("all") or ""
+    if (not proxy or is_loopback(uri)
+            or urllib.request.proxy_bypass(parts.netloc)):
+        return {}
+    kind = proxy.partition("://")[0].lower() if "://" in proxy else "http"
+    if kind not in ("http", "https"):
+        raise OSError(f"a {kind} proxy is set in the environment, and only HTTP proxies are"
+                      f" supported: set {parts.scheme}_proxy to one, or no_proxy")
+    return {parts.scheme: proxy}
 
 
 def connect(one_address: Callable[..., socket.socket], host: tuple[str, int],
@@ -1805,12 +2092,6 @@ def connect(one_address: Callable[..., socket.socket], host: tuple[str, int],
         except OSError as error:
             reason = error
     raise reason
-
-
-def is_loopback(uri: str) -> bool:
-    """Whether a URI's host is this machine, which is never reached through a proxy."""
-    host = urllib.parse.urlsplit(uri).hostname or ""
-    return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", host) is not None
 
 
 def retry_after(value: str) -> float:
@@ -1833,7 +2114,7 @@ def mint_certificate() -> bytes:
         raise PizauthError("HTTPS needs the Python package cryptography: install it, for instance"
                            " as python3-cryptography or with pip") from None
     key = ec.generate_private_key(ec.SECP256R1())
-    certificate = self_signed(key)
+    certificate = self_signed(key, time.time())
     pem = serialization.Encoding.PEM
     private = key.private_bytes(
         pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
@@ -1846,8 +2127,8 @@ def mint_certificate() -> bytes:
     }).encode()
 
 
-def self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    """In a child: a certificate for all loopback names of this host."""
+def self_signed(key: ec.EllipticCurvePrivateKey, now: float) -> x509.Certificate:
+    """In a child: a certificate for all loopback names of this host. `now`: since the epoch."""
     import datetime, ipaddress
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
@@ -1856,8 +2137,11 @@ def self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     names = [x509.DNSName(host) for host in hosts if host.isascii()]
     addresses = [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ("127.0.0.1", "::1")]
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    start = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
+    epoch = datetime.datetime(1970, 1, 1)
+    start = epoch + datetime.timedelta(seconds=now, days=-1)
     end = start + datetime.timedelta(days=825)  # no browser has ever refused this length
+    if start.year < 2026:  # the clock has not been set yet, and will be soon
+        start, end = epoch, datetime.datetime(2049, 12, 31)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "pizauth")])
     builder = x509.CertificateBuilder(
         name, name, key.public_key(), x509.random_serial_number(), start, end)
@@ -2222,21 +2506,35 @@ class Exchange:
             elif self.state != "closed":
                 self._read()
         except OSError:
-            self.close()  # the peer has gone, or speaks no TLS
+            self._abort()  # the peer has gone, or speaks no TLS
         except Exception:
             self.loop.log_bug("A request was lost to a bug")
             self.close()
+
+    def _abort(self) -> None:
+        """Close, after sending the alert that says why TLS has failed (RFC 8446 6)."""
+        if self.tls is None or self.state != "reading" or not self.tls.outgoing.pending:
+            self.close()
+            return
+        try:
+            self._send_last(self.tls.outgoing.read())
+        except OSError:
+            self.close()  # the peer has gone
 
     def answer(self, reply: bytes) -> None:
         """Send the reply and end; does nothing if the peer has gone meanwhile."""
         if self.state not in ("reading", "parked"):
             return
-        self.state, self.due = "writing", self.loop.clock.now() + CONNECTION_TIMEOUT
         try:
-            self.outgoing = reply if self.tls is None else self.tls.encrypt(reply)
-            self._write()
+            self._send_last(reply if self.tls is None else self.tls.encrypt(reply))
         except OSError:
             self.close()  # the peer has gone, or was refused before the handshake was done
+
+    def _send_last(self, data: bytes) -> None:
+        """Send the last bytes that the peer gets. Raises OSError."""
+        self.state, self.due = "writing", self.loop.clock.now() + CONNECTION_TIMEOUT
+        self.outgoing = data
+        self._write()
 
     def close(self) -> None:
         if self.state != "closed":
@@ -2271,7 +2569,8 @@ class Exchange:
         try:
             request = self.service.frame(self.buffer, self.eof)
         except PizauthError as error:
-            self.loop.log(DEBUG, f"A {self.service.peer} request was refused: {error}")
+            level = error.level if isinstance(error, BadRequest) else DEBUG
+            self.loop.log(level, f"A {self.service.peer} request was refused: {error}")
             self.answer(refusal(error))
             return
         if request is not None:
@@ -2419,6 +2718,7 @@ class Connections:
 # What server and client share; nothing here imports anything that would slow a client down.
 
 SOCKET_NAME = "pizauth.sock"
+LOCK_NAME = "pizauth.lock"  # The server locks it, and writes its process number into it.
 
 
 def runtime_directory() -> str:
@@ -2520,30 +2820,42 @@ def config_path(given: str | None) -> str:
     return os.path.join(directory, "pizauth.conf")
 
 
-def load_config(path: str, reloading: bool = False) -> Config:
-    """Read and parse a file. A reload refuses pipes, which could block. Raises PizauthError."""
+def load_config(path: str, warn: Callable[[str], None], reloading: bool = False) -> Config:
+    """Read and parse a file. A reload refuses pipes, which could block. Raises PizauthError.
+    `warn` takes a sentence about what others may do to the file."""
     try:
         more = os.O_NONBLOCK if reloading else 0
         with open(path, "rb", opener=lambda path, flags: os.open(path, flags | more)) as file:
-            if reloading and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            mode = os.fstat(file.fileno()).st_mode
+            if reloading and not stat.S_ISREG(mode):
                 raise PizauthError(f"{path} is not a regular file, as a reload requires")
             data = file.read()
     except FileNotFoundError:
-        raise PizauthError(f"No config file found at {path}") from None
+        raise PizauthError(f"No config file found at {path}: write one, for instance from"
+                           " pizauth.conf.example; the manual page is pizauth.conf(5)") from None
     except OSError as error:
         raise PizauthError(f"Cannot read the configuration {path}: {error.strerror}") from None
     try:
-        return parse(decode_config(data))
+        config = parse(decode_config(data))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    if stat.S_ISREG(mode):
+        has_secret = any(one.client_secret for one in config.accounts.values())
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
+            warn(f"Others may write {path}, which holds commands that pizauth runs:"
+                 f" run 'chmod 600 {path}'")
+        elif mode & stat.S_IROTH and has_secret:
+            warn(f"Others may read the client_secret in {path}: run 'chmod 600 {path}'")
+    return config
 
 
 def make_runtime_directory() -> str:
     """The directory of our socket, made if need be. Raises PizauthError unless it is ours alone."""
-    directory = runtime_directory()
-    above = [] if os.environ.get("XDG_RUNTIME_DIR") else [os.path.dirname(directory)]
-    for path in [*above, directory]:
+    directory, given = runtime_directory(), os.environ.get("XDG_RUNTIME_DIR")
+    for path in [directory] if given else [os.path.dirname(directory), directory]:
         try:
+            if given:
+                os.makedirs(given, 0o700, exist_ok=True)  # one that is there is not changed
             with suppress(FileExistsError):
                 os.mkdir(path, 0o700)
             check_directory(path)
@@ -2556,7 +2868,7 @@ def make_runtime_directory() -> str:
 
 def take_lock(directory: str) -> int:
     """Lock the directory and note our PID; the lock's descriptor. Raises PizauthError if taken."""
-    path = os.path.join(directory, "pizauth.lock")
+    path = os.path.join(directory, LOCK_NAME)
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         keep_from_sweepers(path)
@@ -2635,10 +2947,13 @@ def bind_redirect(option: str, addresses: Addresses, reloading: bool) -> list[so
 
 
 def bind_inet(host: str, port: int, flags: int = 0) -> socket.socket:
-    """A TCP socket that listens on one family alone. Raises OSError or UnicodeError."""
+    """A TCP socket that listens on one family alone, but on both at [::], which is every address.
+    Raises OSError or UnicodeError."""
     name = host.encode("ascii" if host.isascii() else "idna")  # a str would load tables of Unicode
-    family = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags)[0][0]
-    return socket.create_server((name, port), family=family, backlog=CAPS["browser"])
+    family, *_, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags)[0]
+    every = address[0] == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server((name, port), family=family, backlog=CAPS["browser"],
+                                dualstack_ipv6=every)
 
 
 def tls_context(pem: str, directory: str) -> ssl.SSLContext:
@@ -2675,10 +2990,11 @@ class Server:
 
     def __init__(self, path: str, verbosity: int, ready: Callable[[Server], None]) -> None:
         self.path, self.log, self.clock, self.ready = path, Log(verbosity), Clock(), ready
+        self.control: Listener | None = None  # once we serve
         self.directory = make_runtime_directory()
         self.control_path = os.path.join(self.directory, SOCKET_NAME)
         self.lock = take_lock(self.directory)
-        config = load_config(path)
+        config = load_config(path, self.warn)
         close_inherited()  # not before: the configuration may come from one of them
         self.loop = Loop(self.clock, self.log)
         self.connections = Connections(self.loop)
@@ -2686,6 +3002,7 @@ class Server:
         self.authenticator = Authenticator(
             config, self.clock, self.children.post, self.children.run, self.log)
         self.authenticator.reload = self.reload
+        self.authenticator.about_server = {"config_file": os.path.abspath(path)}
         self.loop.parts = [self.connections, self.children, self.authenticator, self]
         self.loop.handlers = {
             signal.SIGTERM: self.stop, signal.SIGINT: self.stop,
@@ -2695,7 +3012,6 @@ class Server:
         self.context: ssl.SSLContext | None = None  # once an account has needed HTTPS
         self.listening: dict[str, Addresses] = {"http": (), "https": ()}
         self.redirects: dict[str, list[Listener]] = {"http": [], "https": []}
-        self.control: Listener | None = None  # once we serve
         self.control_id: tuple[int, int] | None = None
         self.control_checked = self.clock.now()
         self.failure: Exception | None = None  # why we cannot start
@@ -2713,6 +3029,13 @@ class Server:
         self._end()
         if self.failure is not None:
             raise self.failure
+
+    def warn(self, text: str) -> None:
+        """Warn the person: at start on the terminal, later in the log."""
+        if self.control is None:
+            complain(f"WARNING - {text}")
+        else:
+            self.log(WARNING, text)
 
     def _start(self, error: PizauthError | None) -> None:
         """Go on once the redirect listeners are set up; `error` says why they could not be."""
@@ -2776,7 +3099,10 @@ class Server:
         if self.control is not None:
             self.control.close()
         if self.control_id is not None and file_id(self.control_path) == self.control_id:
-            os.unlink(self.control_path)
+            try:
+                os.unlink(self.control_path)
+            except OSError as error:  # the next server replaces it
+                self.log(WARNING, f"Cannot remove {self.control_path}: {error.strerror}")
         fcntl.flock(self.lock, fcntl.LOCK_UN)  # a child just forked may still have it open
         os.close(self.lock)
         self.authenticator.answer_waiting()
@@ -2801,7 +3127,7 @@ class Server:
         if self.ready_told:
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            config = load_config(self.path, reloading=True)
+            config = load_config(self.path, self.warn, reloading=True)
         except PizauthError as error:
             reloaded(error)
         else:
@@ -2838,11 +3164,7 @@ class Server:
                                    f" {no_https}")
             if self.context is None and wanted["https"]:
                 wanted["https"] = ()
-                warning = f"https_listen is ignored: {no_https}"
-                if self.control is None:
-                    complain(f"WARNING - {warning}")
-                else:
-                    self.log(WARNING, warning)
+                self.warn(f"https_listen is ignored: {no_https}")
             ports = self.swap_listeners(self.bind_redirects(wanted))
         except PizauthError as error:
             then(error)
@@ -2911,6 +3233,12 @@ class Server:
             self.log(ERROR, f"Cannot make a new control socket: {error}")
 
 
+def name_process() -> None:
+    """Call this process `pizauth`, for pgrep; only Linux lets a process do so by a file."""
+    with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as comm:
+        comm.write("pizauth")
+
+
 def open_standard_streams() -> None:
     """Open those that are closed: our sockets must not take their numbers."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
@@ -2957,6 +3285,49 @@ def leave_terminal(writer: int, server: Server) -> None:
 # plain `show ACCOUNT` builds no parser: it runs at every login of a mail program.
 
 CLIENT_TIMEOUT = 10  # Seconds that a client waits for the server's next byte.
+CONNECT_AGAIN = 0.05  # Seconds until a client that found the socket's queue full tries again.
+NO_SERVER = "pizauth authenticator not running or not responding"
+
+
+class ServerHangs(PizauthError):
+    """The server is there, but silent."""
+
+    def __init__(self, directory: str) -> None:
+        pid = lock_holder(directory)
+        process, kill = (f", process {pid},", f" (kill -9 {pid})") if pid else ("", "")
+        super().__init__(f"{NO_SERVER}: the server{process} has been silent for {CLIENT_TIMEOUT} s:"
+                         f" end it{kill} and run 'pizauth server'")
+
+
+def lock_holder(directory: str) -> str:
+    """The process number of the server that holds the lock of a directory; empty if none does."""
+    import fcntl
+
+    try:
+        with open(os.path.join(directory, LOCK_NAME), encoding="ascii") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return lock.readline().strip()
+    except (OSError, ValueError):
+        pass  # the original has no such file
+    return ""
+
+
+def connect_client(sock: Any, path: str) -> None:
+    """Connect to the server. If its queue is full, wait for a place. Raises OSError."""
+    tries = CLIENT_TIMEOUT / CONNECT_AGAIN
+    while True:
+        try:
+            sock.connect(path)
+            return
+        except BlockingIOError:
+            import _socket, time
+
+            tries -= 1
+            if tries <= 0:
+                raise _socket.timeout from None
+            time.sleep(CONNECT_AGAIN)
 
 
 def ask(request: bytes) -> bytes:
@@ -2969,7 +3340,7 @@ def ask(request: bytes) -> bytes:
     try:
         check_directory(directory)  # another user's server would get our dumps
         sock.settimeout(CLIENT_TIMEOUT)
-        sock.connect(os.path.join(directory, SOCKET_NAME))
+        connect_client(sock, os.path.join(directory, SOCKET_NAME))
         try:
             sock.sendall(request)
             sock.shutdown(_socket.SHUT_WR)
@@ -2977,8 +3348,10 @@ def ask(request: bytes) -> bytes:
             pass  # the server has answered before it read everything
         while data := sock.recv(CHUNK):
             reply += data
+    except _socket.timeout:
+        raise ServerHangs(directory) from None
     except OSError:
-        raise PizauthError("pizauth authenticator not running or not responding") from None
+        raise PizauthError(f"{NO_SERVER}: start it with 'pizauth server'") from None
     finally:
         sock.close()
     return bytes(reply)
@@ -3013,10 +3386,13 @@ def info(options: argparse.Namespace) -> None:
     """Print where things are, and what a running server says about itself."""
     import json
 
+    server_info, server_is = {}, "running:"
     try:
         server_info = dict(json.loads(ask(b"info:")))
+    except ServerHangs:
+        server_is = "not responding"
     except (PizauthError, TypeError, ValueError):
-        server_info = {}
+        server_is = "not running"
     cache, config = runtime_directory(), config_path(options.config)
     if options.json:
         summary = {
@@ -3024,18 +3400,22 @@ def info(options: argparse.Namespace) -> None:
             "info_format_version": 2, "pizauth_version": VERSION,
             "server_running": bool(server_info)}
         summary.update({"server_info": server_info} if server_info else {})
-        put(json.dumps(summary, indent=2) + "\n")
+        put(json.dumps(summary, sort_keys=True, separators=(",", ":")) + "\n")
         return
-    titles = {"http_port": "HTTP port", "https_port": "HTTPS port",
-              "https_pub_key": "HTTPS public key", "https_cert_sha256": "HTTPS certificate SHA-256"}
+    titles = {"config_file": "config file", "http_port": "HTTP port",
+              "https_port": "HTTPS port", "https_pub_key": "HTTPS public key",
+              "https_cert_sha256": "HTTPS certificate SHA-256"}
     put("\n".join([
         f"{os.path.basename(sys.argv[0])} version {VERSION}:", f"  cache directory: {cache}",
-        f"  config file: {config}", "server running:" if server_info else "server not running",
+        f"  config file: {config}", f"server {server_is}",
         *[f"  {titles[key]}: {server_info[key]}" for key in titles if key in server_info], ""]))
 
 
 def dump(options: argparse.Namespace) -> None:
     """Print a dump. A truncated one must not replace a good one, so it is checked first."""
+    if os.isatty(1):
+        raise PizauthError("A dump is not for a terminal: write it to a file or a program,"
+                           " for instance with pizauth dump > FILE")
     reply = ask(b"dump:")
     if not reply or reply.startswith(b"error:"):
         why = reply.decode("utf-8", "replace").replace("error:", ": ", 1)
@@ -3048,10 +3428,12 @@ def restore(options: argparse.Namespace) -> None:
     """Send a dump to the server, once all of it has been read."""
     data = bytearray()
     try:
-        while piece := os.read(0, CHUNK):
+        while piece := os.read(0, min(CHUNK, RESTORE_LIMIT + 1 - len(data))):
             data += piece
     except OSError as error:
         raise PizauthError(f"Cannot read standard input: {error.strerror}") from None
+    if len(data) > RESTORE_LIMIT:
+        raise PizauthError("Standard input is no dump: it is longer than 16 MiB")
     request(b"restore", bytes(data))
 
 
@@ -3059,9 +3441,12 @@ def server(options: argparse.Namespace) -> None:
     """Run the daemon, in the foreground or in a child."""
     server_imports()
     open_standard_streams()
+    name_process()
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # else `stty tostop` stops us at a log line
+    verbosity = min(options.verbose + options.verbose_before, TRACE)
 
     def serve(ready: Callable[[Server], None]) -> None:
-        Server(config_path(options.config), min(options.verbose, TRACE), ready).run()
+        Server(config_path(options.config), verbosity, ready).run()
 
     try:
         if options.foreground:
@@ -3094,8 +3479,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "-d": {"dest": "foreground", "action": "store_true", "help": "stay in the foreground"},
     "-j": {"dest": "json", "action": "store_true", "help": "print JSON"},
     "-u": {"dest": "without_url", "action": "store_true", "help": "leave the URL out of the error"},
-    "-v": {"dest": "verbose", "action": "count", "default": 0,
-           "help": "log more, up to four times (server)"},
+    "-v --verbose": {"dest": "verbose", "action": "count", "default": 0,
+                     "help": "log more, up to four times (server)"},
 }
 
 
@@ -3113,12 +3498,15 @@ def command_line() -> argparse.ArgumentParser:
 
     parser = Usage(prog="pizauth", allow_abbrev=False,
                    description="OAuth2 access tokens for command-line mail programs")
+    parser.set_defaults(function=None)
     parser.add_argument("--version", action="version", version=f"pizauth {VERSION}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    verbose = ARGUMENTS["-v --verbose"]
+    parser.add_argument("-v", "--verbose", **{**verbose, "dest": "verbose_before"})
+    commands = parser.add_subparsers(metavar="COMMAND")
     for name, (function, text, arguments) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(function=function)
-        for argument in (*arguments, "-v"):
+        for argument in (*arguments, "-v --verbose"):
             command.add_argument(*argument.split(), **ARGUMENTS[argument])
     return parser
 
@@ -3130,7 +3518,11 @@ def main(arguments: list[str] | None = None) -> int:
         if len(arguments) == 2 and arguments[0] == "show" and not arguments[1].startswith("-"):
             print_token(b"withurl " + os.fsencode(arguments[1]))
         else:
-            options = command_line().parse_args(arguments)
+            parser = command_line()
+            options = parser.parse_args(arguments)
+            if options.function is None:
+                complain(parser.format_help().rstrip())
+                return 1
             options.function(options)
         return 0
     except PizauthError as error:
