@@ -4,6 +4,7 @@
 
     python3 test_pizauth.py                 the tests (unittest's options and names may follow)
     python3 test_pizauth.py demo [--stay]   the main job before your eyes, with its own provider
+    python3 test_pizauth.py day             a day of a user's, with real programs, checked all along
     python3 test_pizauth.py soak SECONDS    random histories, held against a model of the rules
     python3 test_pizauth.py fuzz SECONDS    mutations of good input, so long for each parser
     python3 test_pizauth.py bench [NAME]    what things cost, beside yardsticks of the same run,
@@ -27,6 +28,7 @@ import http.server
 import html
 import importlib.util
 import io
+import itertools
 import json
 import marshal
 import os
@@ -241,6 +243,8 @@ class Provider:
     query, a key of FAULTS, makes the token endpoint fail that way at every refresh while `broken`
     is set."""
 
+    handler = None  # instead of ProviderHandler
+
     def __init__(self, expires_in=3600):
         self.expires_in, self.broken = expires_in, False
         self.codes, self.refresh_tokens, self.posts, self.stray = {}, set(), [], []
@@ -250,7 +254,8 @@ class Provider:
     def open(self, port):
         """Serve on this port, again after close()."""
         self.closing = threading.Event()
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", port), ProviderHandler)
+        self.server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", port), self.handler or ProviderHandler)
         self.server.daemon_threads, self.server.block_on_close = True, False
         self.server.provider = self
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -6785,6 +6790,403 @@ def demonstrate(stay):
     return 0 if fine else 1
 
 
+# ---- A day in the life of a user ----
+
+EARLY_HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload; as=style\r\n\r\n"
+GZIP, DEFLATE = ([("Content-Encoding", coding)] for coding in ("gzip", "deflate"))
+REFUSAL = {"code": 400, "error_code": "refresh_token_not_found",
+           "msg": "Invalid Refresh Token: Refresh Token Not Found"}
+ODDITIES = {  # how the refreshes are answered, in this order: bytes before, headers, coding
+    "plain": (b"", (), bytes),
+    "gzip": (b"", GZIP, gzip.compress),
+    "early hints": (EARLY_HINTS, (), bytes),
+    "deflate": (b"", DEFLATE, zlib.compress),
+    "refused": (b"", (), bytes),  # in words that are not OAuth's; once only
+    "ISO 8859-1": (b"", (), lambda body: body.replace(b"{", b'{"region": "Qu\xe9bec", ', 1)),
+    "early hints and gzip": (EARLY_HINTS, GZIP, gzip.compress),
+}
+BROWSER = """#!/usr/bin/env python3
+import os, sys, time, urllib.request
+with open("browsers", "a") as file:
+    print(os.environ["PIZAUTH_ACCOUNT"], os.getpid(), file=file)
+urllib.request.build_opener(urllib.request.ProxyHandler({})).open(sys.argv[1]).read()
+while os.path.exists(__file__):  # whoever removes the program closes the browser
+    time.sleep(0.1)
+"""
+
+
+def expect(condition, otherwise):
+    """Raise an AssertionError, even under python3 -O."""
+    if not condition:
+        raise AssertionError(otherwise)
+
+
+class DayHandler(ProviderHandler):
+    protocol_version = "HTTP/1.1"
+
+    def reply(self, status, answer, oddity="plain"):
+        before, headers, encode = ODDITIES[oddity]
+        self.wfile.write(before)
+        super().reply(status, encode(json.dumps(answer).encode()), headers)
+
+
+class DayProvider(Provider):
+    """Answers in odd ways, knows who has which token, and remembers what was done wrong. A refresh
+    token is good for one use."""
+
+    handler = DayHandler
+    life = 4  # of an access token, in seconds
+
+    def __init__(self):
+        self.logins, self.issued, self.wrong = [], [], []
+        self.owners = {}  # a code or a refresh token that is good -> the account
+        later = [oddity for oddity in ODDITIES if oddity != "refused"]
+        self.oddities = itertools.chain(ODDITIES, itertools.cycle(later))
+        self.served = []  # of ODDITIES, one for each refresh answered so
+        self.pause = 0  # before an answer
+        self.lock = threading.Lock()
+        super().__init__(self.life)
+
+    def authorize(self, query):
+        self.logins.append(query.get("login_hint"))
+        location = super().authorize(query)
+        if location is None:
+            self.wrong.append(f"a bad authorization request: {query}")
+        else:
+            self.owners[query_of(location)["code"]] = query["login_hint"]
+        return location
+
+    def token(self, form):
+        with self.lock:
+            answer = self.answer(form)
+        if self.pause:
+            self.slow = True
+            self.closing.wait(self.pause)
+        return answer
+
+    def answer(self, form):
+        """Status and answer to a form, and the oddity."""
+        refresh = form.get("grant_type") == "refresh_token"
+        oddity = next(self.oddities) if refresh else "plain"
+        used = form.get("refresh_token" if refresh else "code")
+        if oddity == "refused":
+            self.served.append(oddity)
+            return 400, REFUSAL
+        status, answer = super().token(form)
+        if status == 200:
+            owner = self.owners[answer["refresh_token"]] = self.owners.pop(used)
+            self.issued.append((time.monotonic(), owner, answer["access_token"]))
+            self.served += [oddity] if refresh else []
+        else:
+            self.wrong.append(f"a token request that got {answer}, after {self.served[-3:]}")
+        return status, answer, oddity
+
+    def refresh_tokens_of(self):
+        """The accounts, each with its refresh token."""
+        return {owner: token for token, owner in self.owners.items()}
+
+    def refreshes(self):
+        return len(self.issued) - len(self.logins)
+
+    def gaps(self, name, since=0.0):
+        """The seconds between the tokens that an account got after this moment."""
+        moments = [moment for moment, owner, _ in self.issued if owner == name and moment > since]
+        return [later - earlier for earlier, later in zip(moments, moments[1:])]
+
+
+class Day:
+    """Two accounts from the first login to the evening, with bash, gpg and a browser that stays
+    open. What must hold at any time is checked again and again; each step prints a line."""
+
+    NAMES = ("home", "work")
+
+    def __init__(self, stack):
+        self.start, self.over = time.monotonic(), threading.Event()
+        self.provider = DayProvider()
+        stack.callback(self.provider.close)
+        self.daemon = Daemon("", "-vv")
+        self.directory = self.daemon.cwd = self.daemon.directory
+        self.others = {}  # processes that are not the server's to end, by number
+        stack.callback(self.daemon.__exit__)
+        gpg = "gpg --batch --yes --quiet --pinentry-mode loopback --passphrase-file passphrase"
+        self.gpg = bool(shutil.which("gpg"))
+        self.encrypt, self.decrypt = (
+            (f"{gpg} --symmetric", f"{gpg} --decrypt") if self.gpg else ("cat", "cat"))
+        stack.callback(self.end_agent)
+        self.dumps, self.bad_dumps, self.log_checked = 0, [], 0
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+        stack.callback(self.end_watcher)
+        stack.callback(self.end_server)
+        self.furnish()
+
+    # The house, and the end of it.
+
+    def furnish(self):
+        """Programs in a PATH of ours, a passphrase, and the configuration."""
+        programs = os.path.join(self.directory, "bin")
+        os.mkdir(programs)
+        shutil.copy(PROGRAM, os.path.join(programs, "pizauth"))
+        python = f'#!/bin/sh\nexec "{sys.executable}" "$@"\n'
+        for name, text in (("python3", python), ("browser", BROWSER)):
+            with open(os.path.join(programs, name), "w", encoding="utf-8") as file:
+                file.write(text)
+        for name in os.listdir(programs):
+            os.chmod(os.path.join(programs, name), 0o755)
+        os.mkdir(self.path("gnupg"), 0o700)
+        with open(self.path("passphrase"), "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe() + "\n")
+        self.daemon.environment.update(
+            SHELL="/bin/bash", GNUPGHOME=self.path("gnupg"),
+            PATH=f"{programs}:{os.environ['PATH']}")
+        self.daemon.client = self.daemon.program = [os.path.join(programs, "pizauth")]
+        self.configure()
+
+    def configure(self, refresh_at_least="90m"):
+        """Write the configuration."""
+        commands = {
+            "auth_notify_cmd": 'browser "$PIZAUTH_URL"',
+            "error_notify_cmd": 'echo "$PIZAUTH_MSG" >> errors',
+            "token_event_cmd":
+                f"umask 077; pizauth dump | {self.encrypt} > dump.new && mv dump.new dump.gpg",
+            "startup_cmd": f"{self.decrypt} dump.gpg | pizauth restore"}
+        with open(self.daemon.config, "w", encoding="utf-8") as file:
+            for option, command in commands.items():
+                file.write(f"{option} = {json.dumps(command)};\n")
+            file.write("refresh_before_expiry = 2s;\nrefresh_retry = 1s;\n"
+                       f"refresh_at_least = {refresh_at_least};\n")
+            for name in self.NAMES:
+                file.write(self.provider.account(name, f'login_hint = "{name}";'))
+
+    def path(self, name):
+        return os.path.join(self.directory, name)
+
+    def read(self, name):
+        """The bytes of a file; none if it is not there."""
+        with contextlib.suppress(FileNotFoundError), open(self.path(name), "rb") as file:
+            return file.read()
+        return b""
+
+    def end_server(self):
+        with contextlib.suppress(OSError):
+            self.daemon.ask(b"shutdown:")
+
+    def end_watcher(self):
+        self.over.set()
+        if self.watcher.is_alive():
+            self.watcher.join()
+
+    def end_agent(self):
+        """Have gpg's helpers end."""
+        if self.gpg:
+            subprocess.run(["gpgconf", "--kill", "all"], env=self.daemon.environment,
+                           stderr=subprocess.DEVNULL)
+
+    def left(self):
+        """What still runs when all should have ended: the browsers go with the directory."""
+        until(lambda: not any(map(alive, self.others)), 5)
+        return [what for pid, what in self.others.items() if alive(pid)]
+
+    # The dump, as a backup program sees it: at any time.
+
+    def watch(self):
+        """Read each version of the dump that is ever there."""
+        seen = b""
+        while not self.over.wait(0.01):
+            try:
+                if os.path.exists(self.path("dump.gpg")):
+                    data = self.read("dump.gpg")
+                    if not self.dumps or data != seen:
+                        seen, self.dumps = data, self.dumps + 1
+                        self.read_dump(data)
+            except Exception as error:  # of any kind: it is reported at the next check
+                self.bad_dumps.append(f"version {self.dumps}: {error!r}")
+
+    def read_dump(self, data):
+        """The refresh tokens in a dump that gpg has encrypted, by account."""
+        done = subprocess.run(["bash", "-c", self.decrypt], input=data, capture_output=True,
+                              cwd=self.directory, env=self.daemon.environment, timeout=30)
+        expect(done.returncode == 0, f"gpg cannot decrypt {len(data)} bytes: {done.stderr}")
+        accounts = pizauth.read_dump(pizauth.decrypt_dump(done.stdout))
+        return {name: token and token.refresh_token for name, (_, token) in accounts.items()}
+
+    # What must hold.
+
+    def say(self, text):
+        print(f"{time.monotonic() - self.start:5.1f} s  {text}", flush=True)
+
+    def token(self, name):
+        """The token that `show` prints, one that the provider has just given to this account; empty
+        if it has expired. A login is never asked for."""
+        done = self.daemon.run("show", name)
+        token = done.stdout.strip()
+        given = [(moment, one) for moment, owner, one in self.provider.issued if owner == name]
+        if done.returncode:
+            expect("Access token has expired" in done.stderr and not token,
+                   f"show {name} printed '{token}', and the error: {done.stderr}")
+            return ""
+        age = {one: time.monotonic() - moment for moment, one in given[-2:]}.get(token)
+        expect(age is not None, f"show {name} printed {token}, which is neither of {given[-2:]}")
+        expect(age < self.provider.life + 0.5, f"show {name} printed {token}, {age:.1f} s old")
+        return token
+
+    def check(self):
+        """What holds always, whether or not there are tokens."""
+        expect(not self.provider.wrong, f"the provider met {self.provider.wrong}")
+        expect(not self.provider.stray, f"the provider was asked for {self.provider.stray}")
+        expect(sorted(self.provider.logins) == sorted(self.NAMES),
+               f"logins were asked for by {self.provider.logins}")
+        ended = [what for pid, what in self.others.items() if not alive(pid)]
+        expect(not ended, f"killed: {ended}")
+        expect(not self.bad_dumps, f"dump.gpg was unusable: {self.bad_dumps}")
+        expect(not self.read("errors"), f"error_notify_cmd was run: {self.read('errors')}")
+        complaints = [line for line in self.daemon.logged()[self.log_checked :].splitlines()
+                      if not line.startswith("INFO - ")]
+        expect(not complaints, f"the server's log has {complaints}")
+
+    def check_shows(self):
+        self.check()
+        for name in self.NAMES:
+            expect(self.token(name), f"show {name} had no token: {self.status()}")
+
+    def status(self):
+        return self.daemon.ask(b"status:").decode()
+
+    def live(self, condition, what, limit=20, check=None):
+        """Look at everything, again and again, until this has come about."""
+        end = time.monotonic() + limit
+        while True:
+            (check or self.check_shows)()
+            if condition():
+                return
+            expect(time.monotonic() < end, f"in {limit} s there was not {what}: {self.status()}")
+            time.sleep(0.1)
+
+    # The steps.
+
+    def run(self):
+        for step in (self.morning, self.log_in, self.refresh, self.lose_network, self.reload,
+                     self.hang_up, self.shut_down, self.start_again, self.evening):
+            step()
+
+    def morning(self):
+        expect(os.access("/bin/bash", os.X_OK), "there is no /bin/bash here")
+        if not self.gpg:
+            self.say("There is no gpg here: `cat` takes its place.")
+        self.daemon.start()
+        expect(until(lambda: "startup_cmd" in self.daemon.logged()), "startup_cmd has not failed")
+        expect(self.status().count("No access token") == 2, self.status())
+        self.log_checked = len(self.daemon.logged())
+        self.say("The server starts. There is no dump yet, as startup_cmd says.")
+
+    def log_in(self):
+        self.watcher.start()
+        for name in self.NAMES:
+            done = self.daemon.run("show", name)
+            expect((done.returncode, done.stdout) == (1, ""), f"show {name}: {done}")
+            expect("authorised with URL" in done.stderr, f"show {name}: {done}")
+        expect(until(lambda: self.status().count("Active") == 2), self.status())
+        for line in self.read("browsers").decode().splitlines():
+            self.others[int(line.split()[1])] = f"the browser of {line.split()[0]}"
+        expect(len(self.others) == 2, f"there are not two browsers but {self.others}")
+        expect({*self.others} <= {*self.daemon.children()}, "bash has not turned into the browsers")
+        self.live(lambda: self.dumps, "a dump")
+        if self.gpg:
+            done = subprocess.run(
+                ["gpg-connect-agent", "--no-autostart", "getinfo pid", "/bye"],
+                env=self.daemon.environment, capture_output=True, text=True)
+            expect(done.stdout.startswith("D "), f"there is no gpg-agent: {done}")
+            self.others[int(done.stdout.split()[1])] = "gpg-agent, which a token_event_cmd started"
+        self.say("Both accounts are logged in, by notification. The browsers stay open.")
+
+    def refresh(self):
+        served = self.provider.served
+        self.live(lambda: len(served) >= 10 and {*served} == {*ODDITIES}, "each kind of answer", 30)
+        self.say(f"{self.provider.refreshes()} refreshes, with each kind of answer:"
+                 f" {', '.join(ODDITIES)}.")
+
+    def lose_network(self):
+        port = self.provider.server.server_port
+        self.provider.close()
+        failing = time.monotonic()
+        self.live(lambda: self.status().count("no answer") == 2, "a failure of both",
+                  check=self.check)
+        while time.monotonic() < failing + 4:
+            self.check()
+            for name in self.NAMES:
+                self.token(name)
+        before = self.provider.refreshes()
+        self.provider.open(port)
+        expect(until(lambda: all(map(self.token, self.NAMES)), 5), self.status())
+        self.live(lambda: self.provider.refreshes() >= before + 2, "a refresh after the outage")
+        self.say("The provider was out of reach for a while; both accounts have recovered.")
+
+    def reload(self):
+        self.configure(refresh_at_least="1s")
+        done = self.daemon.run("reload")
+        expect(done.returncode == 0, f"reload: {done.stderr}")
+        now = time.monotonic()
+        self.live(lambda: all(min(self.provider.gaps(name, now), default=9) < 1.8
+                              for name in self.NAMES), "a refresh after a second")
+        self.say("Reloaded: tokens are refreshed every second now, the logins are kept.")
+
+    def hang_up(self):
+        self.configure()
+        self.daemon.process.send_signal(signal.SIGHUP)
+        now = time.monotonic()
+        self.live(lambda: all(max(self.provider.gaps(name, now), default=0) > 1.9
+                              for name in self.NAMES), "a refresh after two seconds")
+        self.say("Reloaded by SIGHUP: every two seconds again, the logins are kept.")
+
+    def shut_down(self):
+        """With a refresh on its way, whose rotated token must reach the dump."""
+        self.provider.slow, self.provider.pause = False, 0.5
+        expect(until(lambda: self.provider.slow), "there was no refresh before the end")
+        done = self.daemon.run("shutdown")
+        expect((done.returncode, self.daemon.process.wait(5)) == (0, 0), f"shutdown: {done}")
+        self.provider.pause = 0
+        self.check()
+        dumped = self.read_dump(self.read("dump.gpg"))
+        expect(dumped == self.provider.refresh_tokens_of(),
+               f"the dump has {dumped}, the provider {self.provider.refresh_tokens_of()}")
+        self.say("Shut down amid a refresh: the dump has its outcome. The browsers are still open.")
+
+    def start_again(self):
+        self.daemon.start()
+        expect(until(lambda: "No access token" not in self.status()), self.status())
+        expect(until(lambda: all(map(self.token, self.NAMES)), 5), self.status())
+        self.check_shows()
+        self.say("Started again: startup_cmd has restored the dump, and `show` works.")
+
+    def evening(self):
+        goal = max(24, self.provider.refreshes() + 4)
+        self.live(lambda: self.provider.refreshes() >= goal, "more refreshes")
+        self.check_shows()
+        expect(self.daemon.run("shutdown").returncode == 0, "shutdown failed")
+        expect(self.daemon.process.wait(5) == 0, "the server did not end well")
+        self.check()
+        self.say(f"The end, after {self.provider.refreshes()} refreshes, {len(self.NAMES)} logins"
+                 f" and {self.dumps} dumps, each of which could be read.")
+
+
+def live_a_day():
+    """Run the day; the exit status."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))  # by way of the stack's callbacks
+    failure = ""
+    with contextlib.ExitStack() as stack:
+        day = Day(stack)
+        try:
+            day.run()
+        except AssertionError as error:
+            print("The server's log ends so:\n" + day.daemon.logged()[-3000:], end="")
+            failure = str(error)
+    left = day.left()
+    if left and not failure:
+        failure = f"still running at the end: {left}"
+    print(f"FAILED: {failure}" if failure else "All was as it should be.")
+    return 1 if failure else 0
+
+
 # ---- Benchmarks ----
 
 BARE_SERVER = """
@@ -7273,9 +7675,10 @@ if __name__ == "__main__":
         raise SystemExit(fuzz(float(sys.argv[2]), sys.argv[3:] or FUZZERS))
     if sys.argv[1:2] == ["bench"] and set(sys.argv[2:]) <= set(dir(Bench)):
         raise SystemExit(Bench().run(sys.argv[2:]))
-    if sys.argv[1:] in (["demo"], ["demo", "--stay"]):
+    if sys.argv[1:] in (["demo"], ["demo", "--stay"], ["day"]):
         try:
-            raise SystemExit(demonstrate("--stay" in sys.argv))
+            raise SystemExit(
+                live_a_day() if sys.argv[1] == "day" else demonstrate("--stay" in sys.argv))
         except (KeyboardInterrupt, BrokenPipeError):  # the reader has seen enough
             os._exit(1)
     if sys.argv[1:2] and not sys.argv[1].startswith("-") and "Test" not in sys.argv[1]:
