@@ -985,7 +985,8 @@ def redirect_matches(redirect_uri: str, scheme: str, host: str, target: str) -> 
 
 
 SIGNS = {  # of a page: how the login went
-    "worked": "\u2714 Authorised", "failed": "\u2718 Not authorised", "unknown": "? Not known yet"}
+    "worked": "\u2714 Authorised", "failed": "\u2718 Not authorised",
+    "waiting": "\u2026 Not finished yet", "unknown": "? Outcome unknown"}
 STYLE = (
     "body{font:1.1em/1.5 sans-serif;max-width:36em;margin:12vh auto;padding:0 1em;"
     "overflow-wrap:anywhere}h1{font-size:1.5em}.worked{color:#17652c}.failed{color:#b3261e}"
@@ -1024,7 +1025,7 @@ def next_step(sign: str, name: str) -> str:
     return {
         "worked": "Mail programs get its tokens from now on.",
         "failed": f"To try again, run 'pizauth show {name}' and open the URL that it prints.",
-        "unknown": "'pizauth status' tells how it ends."}[sign]
+        "waiting": "'pizauth status' tells how it ends."}[sign]
 
 
 def error_words(response: Fields) -> str:
@@ -1451,7 +1452,7 @@ class Authenticator:
         late = [waiter for waiter in self._waiters if waiter.until <= now]
         self._waiters = [waiter for waiter in self._waiters if waiter.until > now]
         for waiter in late:
-            waiter.tell("unknown", NO_OUTCOME_YET)
+            waiter.tell("waiting", NO_OUTCOME_YET)
         self._forget_deadline()
 
     def _appointments(self) -> Iterator[tuple[float, str, str, Token]]:

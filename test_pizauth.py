@@ -1408,7 +1408,7 @@ class WireTest(unittest.TestCase):
 
     def test_each_page_tells_at_a_glance_how_the_login_went_and_what_to_do(self):
         for sign, title in (("worked", "✔ Authorised"), ("failed", "✘ Not authorised"),
-                            ("unknown", "? Not known yet")):
+                            ("waiting", "… Not finished yet")):
             page = pizauth.page(200, sign, "the text", pizauth.next_step(sign, "x")).decode()
             self.assertIn(f"<title>{title} - pizauth</title>", page)
             self.assertIn(f'<h1 class="{sign}">{title}</h1><p>the text</p><p>', page)
