@@ -118,6 +118,8 @@ def write_all(descriptor: int, data: bytes) -> None:
 class PizauthError(Exception):
     """Base class: main() prints it after `ERROR - ` and exits 1. Any other exception is a bug."""
 
+    level = WARNING  # of the log, when a peer's request is refused by it
+
 
 class ConfigError(PizauthError):
     """The configuration cannot be used: the first line says where and why, the rest shows it."""
@@ -128,8 +130,8 @@ class RequestError(PizauthError):
 
 
 class BadRequest(PizauthError):
-    """An unusable request of a browser. The reply is a page with this status, text and advice, and
-    a sign of SIGNS; the text is logged at this level."""
+    """A browser's request that cannot be used. The reply is a page() of this status, sign, text and
+    advice; the text is logged at this level."""
 
     def __init__(self, status: int, text: str, advice: str = "", sign: str = "unknown",
                  level: int = DEBUG) -> None:
@@ -147,9 +149,9 @@ class TokenError(PizauthError):
 class TransientError(TokenError):
     """Worth retrying; `retry_after` is in seconds. `cause` is one of
 
-    unreachable   no answer, or HTTP 408, 425, 429 or 5xx: only then is a code exchange retried
+    outage        no answer, or HTTP 408, 425, 429 or 5xx: only then is a code exchange retried
     passing       an error that passes by its name, or a login page of the network
-    refusal       HTTP 400 or 401 with JSON that is no OAuth error
+    unexplained   HTTP 400 or 401 with JSON that is no OAuth error
     odd           any other answer
     """
 
@@ -300,7 +302,7 @@ CHARACTER_HINTS = {
 A_TIME = "a whole number and a unit, such as 90s, 15m, 2h or 1d"
 A_STRING = "a string in double quotes"
 OVER_LINES = "This string continues on the next line"
-NAMES_SHOWN = 20  # accounts that are listed if there is none of the name asked for
+NAMES_SHOWN = 20  # How many names the error for an unknown account lists.
 SHOWN_WIDTH = 60  # characters of the line that an error shows on either side of its mark
 
 
@@ -350,12 +352,14 @@ def config_error(text: str, at: int, message: str) -> ConfigError:
 
 
 def hide_secrets(text: str) -> str:
-    """The text with NULs in place of client secrets and of passwords in URIs; of equal length."""
+    """The text with NULs in place of client secrets, however misspelt, and of passwords in URIs; of
+    equal length."""
     text = text.replace("\0", "?")
-    for secret in (r'(client_secret\s*=\s*")([^"\\]*(?:\\.[^"\\]*)*)',
-                   r'(://[^\s/"@:]*:)([^\s/"@]+)(?=@)'):
+    name = r"(client_?secrets?(?!\w)(?:\s|[=:\[{(]|//[^\n]*\n)*"  # as people may write it
+    for secret in (name + r'")([^"\\]*(?:\\.[^"\\]*)*)', name + r')([^\s"=:\[{(;\0][^;\n]*)',
+                   r'(://[^\s/"@:]*:)([^\s"]+)(?=@)'):
         text = re.sub(secret, lambda match: match[1] + re.sub(r"[^\n]", "\0", match[2]), text,
-                      flags=re.DOTALL)
+                      flags=re.DOTALL | re.IGNORECASE)
     return text
 
 
@@ -409,17 +413,15 @@ def split_uri(uri: str) -> urllib.parse.SplitResult:
                          " leave out the '#' and what follows")
     try:
         parts = urllib.parse.urlsplit(uri)
-        host, _ = (parts.hostname or "")[:300], parts.port  # both may raise
-        if len(host) > 253:
-            raise ValueError("its host is too long")
-        if parts.netloc.startswith("[") or re.fullmatch(r"[^\s%:<>?\[\\\]^|]+", host):
-            normal_host(host)
-        elif "@" not in parts.netloc:
-            raise ValueError("its host is missing or misspelt; write it as https://HOST/PATH")
+        place = re.fullmatch(r"(?:\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|[^\s%:<>?\[\\\]^|]{1,253})"
+                             r"(?::([0-9]{0,5}))?", parts.netloc)
+        if "@" in parts.netloc:
+            raise ValueError("a user name or password in it is not supported")
+        if place is None or int(place[1] or 0) > 65535:
+            raise ValueError("its host or port is missing or misspelt; write https://HOST/PATH")
+        normal_host(parts.hostname or "")
     except ValueError as error:
         raise ValueError(f"Invalid URI: {error}") from None
-    if "@" in parts.netloc:
-        raise ValueError("Invalid URI: a user name or password in it is not supported")
     if re.search(r"/(\.|%2[Ee]){1,2}(/|$)", parts.path):
         raise ValueError("Invalid URI: '.' or '..' in its path: write the path without them")
     return parts
@@ -430,8 +432,6 @@ def normal_host(host: str) -> str:
     if ":" in host:
         import ipaddress  # few configurations need it
 
-        if "%" in host:
-            raise ValueError("an address with a zone is not supported")
         address = ipaddress.IPv6Address(host)
         number = int(address) & 0xffffffff
         return re.sub(r"[0-9]+\..*", f"{number >> 16:x}:{number & 0xffff:x}", str(address))
@@ -447,9 +447,9 @@ def normal_host(host: str) -> str:
 def ascii_host(host: str) -> str:
     """An international host in ASCII, if IDNA 2003 (RFC 3490) and 2008 (RFC 5891) agree on it.
 
-    Python's codec is of 2003: it changes a sharp s into ss and drops joiners, which names another
-    domain by the rules of 2008; it takes symbols, which 2008 refuses, and does not know the letters
-    of a newer Unicode. Raises ValueError.
+    Python's codec follows 2003. It turns a sharp s into ss and drops joiners, which gives another
+    domain under 2008; it accepts symbols that 2008 forbids, and lacks newer letters. Raises
+    ValueError.
     """
     import unicodedata
 
@@ -457,8 +457,8 @@ def ascii_host(host: str) -> str:
         known = unicodedata.ucd_3_2_0.category(c)[0] in "LMN" or c in "-."
         if not known or c in "\u00df\u1e9e\u03c2":  # sharp s, small and capital; final sigma
             shown = c if c.isprintable() else ascii(c)[1:-1]
-            raise ValueError(f"programs disagree on the domain of a host with '{shown}':"
-                             " write the host in its ASCII form, xn--...")
+            raise ValueError(f"programs disagree about which domain a host with '{shown}' is:"
+                             " write it in its ASCII form, xn--...")
     return host.encode("idna").decode()
 
 
@@ -476,8 +476,9 @@ def normal_uri(uri: str, port: int | None = None) -> str:
 
 def is_loopback(uri: str) -> bool:
     """Whether a URI in normal form is on this machine."""
-    host = urllib.parse.urlsplit(uri).hostname or ""
-    return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", host) is not None
+    host = (urllib.parse.urlsplit(uri).hostname or "").rstrip(".")
+    return host == "::1" or re.fullmatch(  # RFC 6761 6.3
+        r"(.*\.)?localhost|127(\.[0-9]+){3}|::ffff:7f..:[0-9a-f]+", host) is not None
 
 
 def no_account(name: str, names: list[str]) -> str:
@@ -487,8 +488,8 @@ def no_account(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name[:64], names, 1, 0.6)
     shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
     hint = f"did you mean '{near[0]}'?" if near else f"the accounts are {shown}."
-    return printable(f"No account '{name}': {hint} An account that was added to the configuration"
-                     " takes a 'pizauth reload'")
+    return printable(f"No account '{name}': {hint} If you have just added it, run"
+                     " 'pizauth reload'")
 
 
 class Parser:
@@ -525,6 +526,8 @@ class Parser:
             lexeme, message = last, f"{OVER_LINES}: is its last double quote missing?"
         elif lexeme.kind == "end":
             message += ", but the file ends"
+        elif (kind, lexeme.kind) == ("word", "}"):
+            message += ": leave out the '}'"
         elif (last.kind, lexeme.kind) in (("}", ";"), (",", "]"), (",", "}")):
             message += f": leave out the '{lexeme.kind if lexeme.kind == ';' else ','}'"
         elif kind == ";":  # it was probably forgotten there, not where the next option starts
@@ -607,7 +610,8 @@ class Parser:
         if name in self.account_options:
             return f"Option '{name}' belongs in an account: account \"NAME\" {{ {name} = ...; }}"
         if name in self.global_options:
-            return f"Option '{name}' is for all accounts: move it out of this account's braces"
+            return (f"Option '{name}' is for all accounts: move it out of this account's braces, or"
+                    " is the account's '}' missing above?")
         import difflib
 
         block = self.lexeme.kind in ("string", "{")
@@ -781,56 +785,55 @@ def without_secrets(text: str, form: Form) -> str:
 
 
 def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes,
-                  location: str = "") -> bytes:
+                  trouble: str = "") -> bytes:
     """A child's report of a token request. Status 0: no answer, and the body says why. `whole`: the
-    length of the body was declared, so truncation would have been noticed. `location`: where it is
-    redirected to."""
-    head = f"{status} {retry_after} {whole:d} {printable(location)}\n"
+    length of the body was declared, so truncation would have been noticed. `trouble`: what keeps
+    the answer from being read or followed, for the person."""
+    head = f"{status} {retry_after} {whole:d} {printable(trouble)}\n"
     return head.encode("utf-8", "replace") + body
 
 
 def token_response(outcome: bytes, form: Form) -> TokenResponse:
     """Judge an outcome. Raises TransientError or PermanentError, without secrets of the form."""
     head, _, body = outcome.partition(b"\n")
-    number, delay, whole, location = head.decode("utf-8", "replace").split(" ", 3)
+    number, delay, whole, trouble = head.decode("utf-8", "replace").split(" ", 3)
     status, retry_after = int(number), min(float(delay), RETRY_AFTER_LIMIT)
     if not status:
         reason = without_secrets(body.decode("utf-8", "replace"), form)
-        raise TransientError(reason, "unreachable")
+        raise TransientError(reason, "outage")
     answer = json_object(body)
-    error, words = provider_words(answer or {})
-    message = ": ".join([f"HTTP {status}", *(without_secrets(word, form) for word in words)])
+    error, words = provider_words(answer or {}, status)
+    message = f"HTTP {status}" + (f": {without_secrets(words, form)}" if words else "")
     if status in (408, 425, 429) or status >= 500:
-        raise TransientError(message, "unreachable", retry_after)
+        raise TransientError(message, "outage", retry_after)
     fault = ""
     if 200 <= status < 300:
         fields = form_fields(body, whole == "1") if answer is None else answer
         try:
             return good_answer(fields)
         except ValueError as reason:
-            fault = "" if fields is None else str(reason)
-    if is_token(error) and error not in PASSING_ERRORS:
+            fault = "" if fields is None or trouble else str(reason)
+    if is_visible_ascii(error) and error not in PASSING_ERRORS:
         raise PermanentError(message)
-    cause, guess = other_answer(status, error, answer, location, fault)
-    guess = "" if words else without_secrets(guess, form)
-    raise TransientError(f"{message}, but {guess}" if guess else message, cause, retry_after)
+    cause, guess = cause_and_guess(status, error, answer, fault, trouble)
+    if guess and (status < 400 or not words):
+        message += f", but {without_secrets(guess, form)}"
+    raise TransientError(message, cause, retry_after)
 
 
-def other_answer(status: int, error: str, answer: dict[str, Any] | None, location: str,
-                 fault: str) -> tuple[str, str]:
-    """The cause of the TransientError that an answer leads to, and a guess for the person. `fault`:
-    what is wrong with fields that the answer has."""
+def cause_and_guess(status: int, error: str, answer: dict[str, Any] | None, fault: str,
+                    trouble: str) -> tuple[str, str]:
+    """The cause of the TransientError that an answer leads to, and what to tell the person. `fault`
+    is what is wrong with the fields of a 2xx answer; for `trouble` see outcome_bytes()."""
     if error in PASSING_ERRORS:
         return "passing", ""
-    if fault:
-        return "odd", fault
-    if 300 <= status < 400:
-        return "passing", (f"redirects are not followed, here to {location}: is token_uri right, or"
-                           " is it a login page of the network?")
-    if status < 300:
-        return "passing", "no OAuth answer: is it a login page of the network?"
+    if fault or trouble:
+        return "passing" if 300 <= status < 400 else "odd", fault or trouble
+    if status < 400:
+        return "passing", ("no OAuth answer: is token_uri right, or is it a login page of the"
+                           " network?")
     if status in (400, 401) and answer is not None:
-        return "refusal", "the reason is not given as an OAuth error"
+        return "unexplained", "its JSON is not an OAuth error"
     return "odd", "no OAuth answer: is token_uri right?"
 
 
@@ -845,17 +848,15 @@ def json_object(body: bytes) -> dict[str, Any] | None:
     return None
 
 
-def provider_words(answer: dict[str, Any]) -> tuple[str, list[str]]:
-    """The `error` of a bad answer (RFC 6749 5.2), or "", and what to tell the person: the error and
-    its description, else what other kinds of JSON errors have in their place."""
+def provider_words(answer: dict[str, Any], status: int) -> tuple[str, str]:
+    """The `error` of a bad answer (RFC 6749 5.2), or "", and what the person gets to read."""
     error = answer.get("error")
-    if isinstance(error, str) and error:
-        found = [error, answer.get("error_description")]
-    else:
+    code = error if isinstance(error, str) else ""
+    found = [code, answer.get("error_description")]
+    if not code and status >= 400:
         found = [one.get(key) for one in (answer, error) if isinstance(one, dict)
                  for key in OTHER_WORDS]
-    words = [word[:CHUNK] for word in found if isinstance(word, str) and word]
-    return (words[0] if isinstance(error, str) and error else ""), words
+    return code[:CHUNK], ": ".join(word for word in found if isinstance(word, str) and word)[:CHUNK]
 
 
 def form_fields(body: bytes, whole: bool) -> dict[str, Any] | None:
@@ -863,28 +864,29 @@ def form_fields(body: bytes, whole: bool) -> dict[str, Any] | None:
     text = body.decode("utf-8", "replace").strip() if whole and len(body) <= FORM_LIMIT else ""
     if not re.fullmatch(r"[!-~\x80-\U0010ffff]+", text) or text.count("&") >= FIELDS_LIMIT:
         return None
-    return dict(urllib.parse.parse_qsl(text)) or None
+    fields = dict(urllib.parse.parse_qsl(text))
+    return fields if fields.keys() & {"access_token", "error"} else None  # not a page
 
 
 def good_answer(answer: dict[str, Any] | None) -> TokenResponse:
-    """The tokens in an answer (RFC 6749 5.1), read with tolerance. Raises ValueError if it is no
-    good one, with the reason."""
+    """The tokens in an answer (RFC 6749 5.1), read with tolerance. Raises ValueError that says what
+    is wrong."""
     answer = answer or {}
     access_token, refresh_token = answer.get("access_token"), answer.get("refresh_token") or None
     token_type = answer.get("token_type")
     for name, token in (("access_token", access_token), ("refresh_token", refresh_token)):
-        if token is not None and not (isinstance(token, str) and is_token(token)):
+        if token is not None and not (isinstance(token, str) and is_visible_ascii(token)):
             raise ValueError(f"its {name} is not printable ASCII without blanks")
     if access_token is None:
-        raise ValueError("without an access_token: is token_uri right?")
+        raise ValueError("it has no access_token: is token_uri right?")
     if token_type is not None and str(token_type).lower() != "bearer":
         raise ValueError(f"its token_type is '{str(token_type)[:100]}' instead of 'bearer'")
     return TokenResponse(access_token=access_token, refresh_token=refresh_token,
                          expires_in=sensible_life(answer.get("expires_in")))
 
 
-def is_token(text: str) -> bool:
-    """Whether a text can be a token: printable ASCII without blanks (RFC 6749 A.12, A.17)."""
+def is_visible_ascii(text: str) -> bool:
+    """Printable ASCII without blanks, as tokens and error codes are (RFC 6749 A.7, A.12, A.17)."""
     return re.fullmatch(r"[!-~]+", text) is not None
 
 
@@ -905,9 +907,10 @@ REQUEST_LIMIT = 64 << 10  # Bytes of a control request.
 RESTORE_LIMIT = 16 << 20  # Bytes of one that brings a dump.
 HEAD_LIMIT = 64 << 10  # Bytes of an HTTP head: browsers send the cookies of all localhost.
 HTTPS_HERE = (
-    "a browser spoke HTTPS to the HTTP port, probably because some program on localhost has asked"
-    " for that (HSTS): have the browser forget the security policy of localhost (in Chromium at"
+    "it came by HTTPS to the HTTP port. Probably a program on localhost once told the browser to"
+    " use only HTTPS there (HSTS). Make the browser forget that (in Chromium at"
     " chrome://net-internals/#hsts), or write 127.0.0.1 or https: in redirect_uri")
+HTTP_HERE = "This port speaks HTTPS: is redirect_uri in pizauth.conf what it should be?"
 LOG_IN_AGAIN = "To log in, run 'pizauth show ACCOUNT' and open the URL that it prints."
 
 
@@ -929,8 +932,8 @@ def http_head(buffer: bytearray, eof: bool) -> tuple[str, str] | None:
     if end > HEAD_LIMIT:
         raise BadRequest(
             431, f"The request is longer than {HEAD_LIMIT >> 10} KiB.",
-            "The browser has many cookies of programs on localhost: delete them, and open the URL"
-            " again; or write 127.0.0.1 instead of localhost in redirect_uri.")
+            "The browser stores too many cookies for localhost: delete them and open the URL again,"
+            " or write 127.0.0.1 instead of localhost in redirect_uri.")
     if blank_line is None:
         if eof and buffer:
             raise BadRequest(400, "The request ended too soon.")
@@ -1021,7 +1024,7 @@ def page(status: int, sign: str, text: str, advice: str) -> bytes:
 
 
 def next_step(sign: str, name: str) -> str:
-    """What to do after an account's login that went by this sign."""
+    """What the person can do after a login with this sign."""
     return {
         "worked": "Mail programs get its tokens from now on.",
         "failed": f"To try again, run 'pizauth show {name}' and open the URL that it prints.",
@@ -1034,8 +1037,8 @@ def error_words(response: Fields) -> str:
     return printable(": ".join(words))[:500] or "no reason given"
 
 
-def nothing_here(response: Fields) -> BadRequest:
-    """The refusal of a request without `state`, which may be a provider's error all the same."""
+def without_state(response: Fields) -> BadRequest:
+    """The answer to a request without `state`. It may still carry a provider's error."""
     if "error" not in response:
         return BadRequest(404, "There is nothing here.")
     return BadRequest(404, f"The provider refused: {error_words(response)}",
@@ -1043,7 +1046,7 @@ def nothing_here(response: Fields) -> BadRequest:
                       " see 'pizauth status'. " + LOG_IN_AGAIN, "failed", INFO)
 
 
-def refusal(error: PizauthError) -> bytes:
+def error_reply(error: PizauthError) -> bytes:
     """The reply to a refused peer: a page for a browser, `error:` and a sentence for a client."""
     if isinstance(error, BadRequest):
         return page(error.status, error.sign, str(error), error.advice or LOG_IN_AGAIN)
@@ -1083,7 +1086,7 @@ class Pending(Record):
     """A login has begun: the person must visit the URL."""
 
     url: str
-    state: str = ""  # by which its redirect is known, if it ends with one
+    state: str = ""  # identifies its redirect; empty if it ends without one
     remind_at: float
     notified_at: float | None = None
     notifying: bool = False  # while auth_notify_cmd runs
@@ -1121,9 +1124,11 @@ class RedirectLogin(Pending):
     def reply(self, with_url: bool) -> bytes:
         if self.form is None:
             return super().reply(with_url)
-        failed = "" if self.retry_at is None else ", for the last try failed (see pizauth status)"
-        return ("error:The authorisation is being completed: its code is exchanged for a token"
-                f"{' again' if failed else ''}{failed}. There is no need to log in again").encode()
+        if self.tries > 1 or self.retry_at is not None:
+            return (b"error:The login is being completed: exchanging its code failed (see 'pizauth"
+                    b" status') and is being retried. Do not log in again")
+        return (b"error:The login is being completed: its code is being exchanged for a token."
+                b" Do not log in again")
 
 
 class Active(Record):
@@ -1141,10 +1146,10 @@ class Active(Record):
     attempted_at: float | None = None
     failed_at: float | None = None
     failures: int = 0  # in a row
-    refusals: int = 0  # in a row, in words that are not OAuth's
+    unexplained: int = 0  # refusals in a row that are no OAuth error
     retry_after: float = 0
-    complaint: str = ""  # the last failure, unless it was an outage
-    complained: bool = False  # once the person was told
+    last_fault: str = ""  # the last failure, unless it was an outage
+    fault_told: bool = False  # once the person has heard of one
 
     def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
         """When it expires, if it has no refresh token; else, unless a refresh runs, the next one,
@@ -1153,8 +1158,8 @@ class Active(Record):
             yield self.expires_at, "expire"
         elif self.cancel is None:
             yield max(self.not_before, self.refresh_due(account)), "refresh"
-            if self.complaint and not self.complained:
-                yield self.expires_at, "complain"
+            if self.last_fault and not self.fault_told:
+                yield self.expires_at, "tell of fault"
 
     def refresh_due(self, account: Account) -> float:
         """When the next refresh starts if none runs (pizauth.conf(5) tells the schedule)."""
@@ -1249,9 +1254,9 @@ class DumpReader:
         token = Active(access_token=self.read("string"), obtained_at=self.read("time"),
                        expires_at=self.read("time"), refresh_token=self.read("optional"))
         for text in (token.access_token, token.refresh_token):
-            if text is not None and not is_token(text):
-                raise RequestError("This dump holds a token that is none: it is empty, or is not"
-                                   " printable ASCII without blanks")
+            if text is not None and not is_visible_ascii(text):
+                raise RequestError("This dump holds an invalid token: it is empty or not printable"
+                                   " ASCII without blanks")
         return token
 
 
@@ -1385,7 +1390,7 @@ HOOK_LIMIT = 60  # Seconds that error_notify_cmd and token_event_cmd may run.
 VERDICT_LIMIT = 180  # Seconds that transient_error_if_cmd may run.
 VERDICT_FAILURES = 6  # Failures in a row between two runs of transient_error_if_cmd.
 KEEPS_LOGIN = (0, 126, 127)  # Its exit statuses that keep the login: yes, or it could not start.
-REFUSALS = 3  # From this many in a row, in words that are not OAuth's, an expired token is dropped.
+UNEXPLAINED_LIMIT = 3  # After so many such refusals in a row an expired token is dropped.
 CLOSE_PAGE = "you can safely close this page."
 NO_OUTCOME_YET = f"pizauth processing authentication: {CLOSE_PAGE}"
 SUPERSEDED = "This authorization request is void: there is a newer one, or the account has changed."
@@ -1469,8 +1474,8 @@ class Authenticator:
     # Transitions.
 
     def _replace(self, name: str, token: Token | None, event: str | None, told: str = "") -> None:
-        """Change an account's state; nothing else does. `told` goes to the peers that wait for a
-        login, if it fails by this."""
+        """Change an account's state; nothing else does. `told`: what the peers that wait for a
+        login hear if there is no token now."""
         old = self._tokens[name]
         self._tokens[name] = token
         if old is not None:
@@ -1486,7 +1491,7 @@ class Authenticator:
             old.cancel()
         if event is not None:
             self._tell_event(name, event)
-        if isinstance(token, Active):  # last, both: a waiter may replace the state again
+        if isinstance(token, Active):  # last, because a waiter may replace the state again
             self._tell_waiters(name, "worked", f"Account {name} is authorised: {CLOSE_PAGE}")
         else:
             self._tell_waiters(name, "failed", told)
@@ -1554,7 +1559,7 @@ class Authenticator:
         try:
             response = token_response(outcome, pending.form or [])
         except TokenError as error:
-            retried = isinstance(error, TransientError) and error.cause == "unreachable"
+            retried = isinstance(error, TransientError) and error.cause == "outage"
             if retried and pending.tries < CODE_TRIES:
                 pending.retry_at = self._clock.now() + CODE_RETRY_INTERVAL
                 message = f"Authentication for {name} failed, and will be tried again: {error}"
@@ -1602,31 +1607,30 @@ class Authenticator:
             self._obtained(name, response, refresh_token, "token_refreshed")
 
     def _refresh_failed(self, name: str, token: Active, error: TransientError) -> None:
-        """A refresh has failed, and will be tried again, unless it is a refusal after all."""
+        """A refresh has failed: try again later, or drop a token that is refused time and again."""
         now, token_uri = self._clock.now(), normal_uri(self.config.accounts[name].token_uri)
         token.failures += 1
         token.failed_at, token.retry_after = now, error.retry_after
         # Over plain HTTP the answer may be anybody's.
-        refusal = error.cause == "refusal" and (
+        refused = error.cause == "unexplained" and (
             token_uri.startswith("https:") or is_loopback(token_uri))
-        token.refusals = token.refusals + 1 if refusal else 0
-        if token.refusals >= REFUSALS and token.expires_at <= now:
+        token.unexplained = token.unexplained + 1 if refused else 0
+        if token.unexplained >= UNEXPLAINED_LIMIT and token.expires_at <= now:
             self._login_failed(name, "token_invalidated", f"Refreshing {name} failed: {error}")
             return
-        token.complaint = str(error) if error.cause in ("refusal", "odd") else ""
+        token.last_fault = str(error) if error.cause in ("unexplained", "odd") else ""
         self._failed(name, f"Refreshing {name} failed, and will be tried again: {error}", INFO)
         if token.failures % VERDICT_FAILURES == 0 and self.config.transient_error_if_cmd:
             token.judging = True
             token.cancel = self._command("transient_error_if_cmd", name, {}, VERDICT_LIMIT,
                                          self._unless_replaced(name, token, self._judged))
 
-    def _complain(self, name: str, token: Active) -> None:
-        """Tell the person of a token that has expired and is refused a refresh, if it was no
-        outage."""
-        token.complained = True
+    def _tell_of_fault(self, name: str, token: Active) -> None:
+        """Tell the person, once, that an expired token cannot be refreshed; not in an outage."""
+        token.fault_told = True
         self._forget_deadline()
-        self._report(name, f"Refreshing {name} keeps failing: {token.complaint}. It will be tried"
-                           f" again; 'pizauth revoke {name}' leads to a new login")
+        self._report(name, f"Refreshing {name} keeps failing: {token.last_fault} (it will be tried"
+                           f" again; 'pizauth revoke {name}' leads to a new login)")
 
     def _judged(self, name: str, token: Active, status: int | None, output: bytes) -> None:
         """Drop the login if transient_error_if_cmd fails or is killed; not if it cannot start."""
@@ -1640,25 +1644,25 @@ class Authenticator:
         """An access token without refresh token has expired."""
         self._replace(name, None, "token_invalidated")
         self._failed(name, f"The access token of {name} has expired, and the provider had given no"
-                           " refresh token: log in again", WARNING)
+                           " refresh token: log in again", ERROR)
 
     _ACTS: Mapping[str, Callable[[Authenticator, str, Any], None]] = {
-        "complain": _complain, "exchange": _exchange, "expire": _expire, "refresh": _refresh,
-        "remind": _remind}
+        "exchange": _exchange, "expire": _expire, "refresh": _refresh, "remind": _remind,
+        "tell of fault": _tell_of_fault}
 
     def _login_failed(self, name: str, event: str | None, message: str) -> None:
         """The login has ended in failure: forget it, and tell the person."""
         self._replace(name, None, event, message)
-        self._errors[name] = (self._clock.now(), printable(message))
         self._report(name, message)
 
     def _report(self, name: str, message: str) -> None:
-        """Tell the person of a failure: by error_notify_cmd if it is set, else in the log."""
-        hook = self.config.error_notify_cmd is not None
-        self._log(INFO if hook else ERROR, printable(message))
+        """Tell the person of a failure: by error_notify_cmd, or if it fails or is not set in the
+        log."""
+        message, hook = printable(message), self.config.error_notify_cmd is not None
+        self._failed(name, message, INFO if hook else ERROR)
         if hook:
-            variables = {"PIZAUTH_MSG": printable(message)}
-            self._command("error_notify_cmd", name, variables, HOOK_LIMIT)
+            self._command("error_notify_cmd", name, {"PIZAUTH_MSG": message}, HOOK_LIMIT,
+                          lambda status, _: self._log(ERROR, message) if status != 0 else None)
 
     def _failed(self, name: str, message: str, level: int) -> None:
         """Remember an account's failure for `status`, and log it."""
@@ -1712,13 +1716,13 @@ class Authenticator:
             self._redirected(scheme, *head, answer)
         except BadRequest as error:
             self._log(error.level, f"A browser request was refused: {error}")
-            answer(refusal(error))
+            answer(error_reply(error))
 
     def _redirected(self, scheme: str, target: str, host: str, answer: Answer) -> None:
         """The checks are ordered so that no stray or forged request changes any state."""
         response = authorization_response(target.partition("?")[2])
         if "state" not in response:
-            raise nothing_here(response)
+            raise without_state(response)
         name = self._states.get(response["state"])  # of 256 random bits (RFC 6749 10.12)
         if name is None:
             raise BadRequest(
@@ -1783,7 +1787,7 @@ class Authenticator:
         answer(b"scheduled:")
 
     def _reload(self, rest: bytes, answer: Answer) -> None:
-        self.reload(lambda error: answer(b"ok:" if error is None else refusal(error)))
+        self.reload(lambda error: answer(b"ok:" if error is None else error_reply(error)))
 
     def _restore(self, rest: bytes, answer: Answer) -> None:
         """Restore tokens to accounts that have none and whose options are unchanged."""
@@ -1794,7 +1798,7 @@ class Authenticator:
                     and dumped is not None and not isinstance(self._tokens[name], Active)):
                 fitting.append((name, self._revived(dumped)))
         for name, token in fitting:
-            self._replace(name, token, None, SUPERSEDED)
+            self._replace(name, token, None)
         self._log(INFO, f"Restored the tokens of {len(fitting)} account(s)")
         answer(b"ok:")
 
@@ -1843,8 +1847,8 @@ class Authenticator:
             self._log(TRACE, f"Control request: {verb.decode()}")
             self._VERBS[verb](self, rest, answer)
         except PizauthError as error:
-            self._log(WARNING, f"A control request was refused: {error}")
-            answer(refusal(error))
+            self._log(error.level, f"A control request was refused: {error}")
+            answer(error_reply(error))
 
     def _option_and_account(self, rest: bytes) -> tuple[bool, Account]:
         """Split `OPTION NAME`: whether the URL is wanted, and the account."""
@@ -1924,6 +1928,7 @@ class Authenticator:
 # They see what they were forked with; what they return goes to the server through a pipe.
 
 CONNECT_TIMEOUT = 5  # Seconds for one address, which leaves time for five more.
+YEAR_WRITTEN = 2026  # A clock before this year has not been set.
 AFTER_SUSPEND = 5  # Seconds more for a child whose limit passed while the machine was suspended.
 DESCRIPTORS = 1024  # The soft limit: enough for all connections, and quick to close in a child.
 
@@ -1966,15 +1971,13 @@ def limit_resources(descriptors: int) -> int:
     return before
 
 
-def usable_shell(path: str) -> str:
-    """This shell, if it is an executable file that runs commands; else /bin/sh."""
-    usable = os.path.isfile(path) and os.access(path, os.X_OK)
-    return path if usable and os.path.basename(path) not in ("nologin", "false") else "/bin/sh"
-
-
 def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
-    """In a child: become a shell that runs the command. Returns only if there is no shell."""
-    shell = usable_shell(os.environ.get("SHELL", ""))
+    """In a child: become a shell that runs the command: SHELL, but /bin/sh if that is unset, does
+    not start or is no shell. Returns only if neither starts."""
+    shell = os.environ.get("SHELL") or "/bin/sh"
+    if os.path.basename(shell) in ("nologin", "false"):
+        shell = "/bin/sh"
+    reason = ""
     try:
         os.setsid()  # so that Ctrl-C on the server's terminal does not end it
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE,
@@ -1985,10 +1988,15 @@ def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         ours = {name.encode(): value.replace("\0", "").encode("utf-8", "replace")
                 for name, value in variables.items()}  # UTF-8 in any locale
-        arguments = [os.fsencode(shell), b"-c", command.encode()]
-        os.execve(shell, arguments, {**os.environb, **ours})
+        for path in (shell, "/bin/sh"):
+            arguments = [os.fsencode(path), b"-c", command.encode()]
+            try:
+                os.execve(path, arguments, {**os.environb, **ours})
+            except OSError as error:
+                reason = f"cannot start {path}: {error}"
     except Exception as error:  # of any kind: the command did not start
-        return f"cannot start {shell}: {error}".encode("utf-8", "replace")
+        reason = f"cannot start a shell: {error}"
+    return reason.encode("utf-8", "replace")
 
 
 def post_form(uri: str, form: Form) -> bytes:
@@ -2015,53 +2023,68 @@ def post_form(uri: str, form: Form) -> bytes:
     try:
         proxies = urllib.request.ProxyHandler(proxy_for(uri))
         with urllib.request.build_opener(proxies, AnyStatus).open(request) as response:
-            location = re.split("[?#]", response.headers.get("Location", ""))[0]
             delay = retry_after(response.headers.get("Retry-After", ""))
-            whole, body = read_answer(response)
-            return outcome_bytes(response.status, delay, whole, body, location)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        host = urllib.parse.urlsplit(uri).netloc
-        return outcome_bytes(0, 0, False, f"no answer from {host}: {reason}".encode())
+            return outcome_bytes(response.status, delay, *read_answer(response))
+    except http.client.IncompleteRead:
+        reason = "it was cut short"
+    except (http.client.HTTPException, ValueError) as error:  # its text may hold tokens
+        reason = f"it is not HTTP ({type(error).__name__})"
+    except OSError as error:
+        reason = str(getattr(error, "reason", None) or error)
+    host = urllib.parse.urlsplit(uri).netloc
+    return outcome_bytes(0, 0, False, f"no answer from {host}: {reason}".encode())
 
 
-def read_answer(response: http.client.HTTPResponse) -> tuple[bool, bytes]:
-    """In a child: whether a body's length was declared, and the body, unpacked; empty if it is too
-    long. Raises OSError if it is cut short."""
+def read_answer(response: http.client.HTTPResponse) -> tuple[bool, bytes, str]:
+    """In a child: whether a body's length was declared; the body, unpacked; and what keeps it from
+    being read or followed, if anything does. Raises OSError if it is cut short."""
     body = bytearray(ANSWER_LIMIT + 1)
     size = response.readinto(body)  # unlike read(n), not fooled by a chunk of size -1
-    if size > ANSWER_LIMIT:
-        return False, b""
-    if response.length:
-        raise OSError("the answer was cut short")
-    coding = response.headers.get("Content-Encoding", "").strip().lower()
+    if response.length and size <= ANSWER_LIMIT:
+        raise OSError("it was cut short")
     whole = response.length is not None or response.chunked
-    plain = unpacked(bytes(body[:size]), coding)
-    return whole, plain if len(plain) <= ANSWER_LIMIT else b""
+    coding = response.headers.get("Content-Encoding", "").strip().lower()
+    plain = unpacked(bytes(body[:size]), coding) if size <= ANSWER_LIMIT else bytes(body)
+    trouble = ""
+    if 300 <= response.status < 400:
+        location = re.sub(r"[?#].*|//[^/]*@", "", response.headers.get("Location") or "nowhere")
+        trouble = (f"redirects are not followed, here to {location}: is token_uri right, or is it a"
+                   " login page of the network?")
+    elif plain is None:
+        trouble = f"its Content-Encoding is {coding}, which was not asked for"
+    elif len(plain) > ANSWER_LIMIT:
+        plain, trouble = b"", f"its answer is longer than {ANSWER_LIMIT >> 10} KiB"
+    return whole, bytes(body[:size]) if plain is None else plain, trouble
 
 
-def unpacked(body: bytes, coding: str) -> bytes:
-    """A body without its Content-Encoding (RFC 9110 8.4.1); of one that is too long, a byte more
-    than ANSWER_LIMIT. No coding was asked for. Raises OSError."""
+def unpacked(body: bytes, coding: str) -> bytes | None:
+    """A body without its Content-Encoding (RFC 9110 8.4.1), cut just above ANSWER_LIMIT; None if it
+    cannot be unpacked. Some servers encode unasked. Raises OSError if it is cut short."""
     import zlib
 
-    # deflate should have the zlib format, and has none from some servers
-    windows = {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}
     if not body or coding in ("", "identity"):
         return body
-    for window in windows.get(coding, ()):
-        unpacker = zlib.decompressobj(window)
+    # deflate should have the zlib format, and has none from some servers
+    for window in {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}.get(coding, ()):
         with suppress(zlib.error):
-            plain = unpacker.decompress(body, ANSWER_LIMIT + 1)
-            if not unpacker.eof and len(plain) <= ANSWER_LIMIT:
-                raise OSError("the answer was cut short")
+            plain, packed = b"", body
+            while packed.startswith(b"\x1f\x8b") or not plain:  # gzip may have several members
+                unpacker = zlib.decompressobj(window)
+                plain += unpacker.decompress(packed, ANSWER_LIMIT + 1 - len(plain))
+                if len(plain) > ANSWER_LIMIT:
+                    return plain
+                if not unpacker.eof:
+                    raise OSError("it was cut short")
+                packed = unpacker.unused_data
+                if not packed:
+                    break
             return plain
-    raise OSError(f"the answer cannot be unpacked: its Content-Encoding is {coding}")
+    return None
 
 
 def proxy_for(uri: str) -> Fields:
-    """In a child: the proxy for a URI that the environment names, by scheme; this machine is never
-    reached through one. Raises OSError."""
+    """In a child: the environment's proxy for a URI, as ProxyHandler takes it; {} for none, and
+    always for this machine. Raises OSError."""
     import urllib.request
 
     parts = urllib.parse.urlsplit(uri)
@@ -2141,7 +2164,7 @@ def self_signed(key: ec.EllipticCurvePrivateKey, now: float) -> x509.Certificate
     epoch = datetime.datetime(1970, 1, 1)
     start = epoch + datetime.timedelta(seconds=now, days=-1)
     end = start + datetime.timedelta(days=825)  # no browser has ever refused this length
-    if start.year < 2026:  # the clock has not been set yet, and will be soon
+    if start.year < YEAR_WRITTEN:  # the clock will be set later
         start, end = epoch, datetime.datetime(2049, 12, 31)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "pizauth")])
     builder = x509.CertificateBuilder(
@@ -2554,7 +2577,10 @@ class Exchange:
                 self.eof = not data
                 if self.eof:
                     break
-                if self.state == "reading":
+                if self.tls is not None and not self.tls.received and data[:1].isalpha():
+                    self.tls = None  # plain HTTP, which no TLS client starts with
+                    self.answer(page(400, "unknown", HTTP_HERE, LOG_IN_AGAIN))
+                elif self.state == "reading":
                     self.buffer += data if self.tls is None else self.tls.decrypt(data)
         if self.state == "reading":
             self._pass_on()
@@ -2570,9 +2596,8 @@ class Exchange:
         try:
             request = self.service.frame(self.buffer, self.eof)
         except PizauthError as error:
-            level = error.level if isinstance(error, BadRequest) else DEBUG
-            self.loop.log(level, f"A {self.service.peer} request was refused: {error}")
-            self.answer(refusal(error))
+            self.loop.log(error.level, f"A {self.service.peer} request was refused: {error}")
+            self.answer(error_reply(error))
             return
         if request is not None:
             self.state, self.due = "parked", FOR_EVER  # every answer has a limit of its own
@@ -2823,7 +2848,7 @@ def config_path(given: str | None) -> str:
 
 def load_config(path: str, warn: Callable[[str], None], reloading: bool = False) -> Config:
     """Read and parse a file. A reload refuses pipes, which could block. Raises PizauthError.
-    `warn` takes a sentence about what others may do to the file."""
+    Calls warn(sentence) if other users can change the file, or read a client_secret in it."""
     try:
         more = os.O_NONBLOCK if reloading else 0
         with open(path, "rb", opener=lambda path, flags: os.open(path, flags | more)) as file:
@@ -2832,6 +2857,9 @@ def load_config(path: str, warn: Callable[[str], None], reloading: bool = False)
                 raise PizauthError(f"{path} is not a regular file, as a reload requires")
             data = file.read()
     except FileNotFoundError:
+        if reloading:
+            raise PizauthError(f"{path} is not there any more: a configuration that came through a"
+                               " pipe takes a restart") from None
         raise PizauthError(f"No config file found at {path}: write one, for instance from"
                            " pizauth.conf.example; the manual page is pizauth.conf(5)") from None
     except OSError as error:
@@ -2843,20 +2871,21 @@ def load_config(path: str, warn: Callable[[str], None], reloading: bool = False)
     if stat.S_ISREG(mode):
         has_secret = any(one.client_secret for one in config.accounts.values())
         if mode & (stat.S_IWGRP | stat.S_IWOTH):
-            warn(f"Others may write {path}, which holds commands that pizauth runs:"
-                 f" run 'chmod 600 {path}'")
+            warn(f"Other users can change {path}, and so the commands that pizauth runs: run"
+                 f" 'chmod 600 {path}'")
         elif mode & stat.S_IROTH and has_secret:
-            warn(f"Others may read the client_secret in {path}: run 'chmod 600 {path}'")
+            warn(f"Other users can read the client_secret in {path}: run 'chmod 600 {path}'")
     return config
 
 
 def make_runtime_directory() -> str:
     """The directory of our socket, made if need be. Raises PizauthError unless it is ours alone."""
     directory, given = runtime_directory(), os.environ.get("XDG_RUNTIME_DIR")
-    for path in [directory] if given else [os.path.dirname(directory), directory]:
+    for path in [os.path.dirname(directory), directory]:
         try:
-            if given:
-                os.makedirs(given, 0o700, exist_ok=True)  # one that is there is not changed
+            if given and path != directory:
+                os.makedirs(path, 0o700, exist_ok=True)  # one that is there is not changed
+                continue
             with suppress(FileExistsError):
                 os.mkdir(path, 0o700)
             check_directory(path)
@@ -2948,8 +2977,8 @@ def bind_redirect(option: str, addresses: Addresses, reloading: bool) -> list[so
 
 
 def bind_inet(host: str, port: int, flags: int = 0) -> socket.socket:
-    """A TCP socket that listens on one family alone, but on both at [::], which is every address.
-    Raises OSError or UnicodeError."""
+    """A listening TCP socket of one address family; only [::] also takes IPv4. Raises OSError or
+    UnicodeError."""
     name = host.encode("ascii" if host.isascii() else "idna")  # a str would load tables of Unicode
     family, *_, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags)[0]
     every = address[0] == "::" and socket.has_dualstack_ipv6()
@@ -3235,7 +3264,7 @@ class Server:
 
 
 def name_process() -> None:
-    """Call this process `pizauth`, for pgrep; only Linux lets a process do so by a file."""
+    """Name this process `pizauth`, for pgrep. Linux only."""
     with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as comm:
         comm.write("pizauth")
 
@@ -3293,11 +3322,25 @@ NO_SERVER = "pizauth authenticator not running or not responding"
 class ServerHangs(PizauthError):
     """The server is there, but silent."""
 
-    def __init__(self, directory: str) -> None:
-        pid = lock_holder(directory)
-        process, kill = (f", process {pid},", f" (kill -9 {pid})") if pid else ("", "")
-        super().__init__(f"{NO_SERVER}: the server{process} has been silent for {CLIENT_TIMEOUT} s:"
-                         f" end it{kill} and run 'pizauth server'")
+
+def server_hangs(directory: str) -> ServerHangs:
+    """The error of a client whose server in this directory does not answer."""
+    pid = lock_holder(directory)
+    process, remedy = "", "end it and run 'pizauth server'"
+    if pid:
+        process, remedy = f" (process {pid})", (
+            f"'kill -CONT {pid}' wakes one that was stopped, and it does what it was asked;"
+            f" otherwise 'kill -9 {pid}', which loses its tokens, and 'pizauth server'")
+    return ServerHangs(f"{NO_SERVER}: it hangs{process}, silent for {CLIENT_TIMEOUT} s; {remedy}")
+
+
+def no_server(directory: str) -> PizauthError:
+    """The error of a client that finds no server in this directory."""
+    if pid := lock_holder(directory):
+        return PizauthError(f"{NO_SERVER}: process {pid} has lost its socket in {directory};"
+                            f" 'kill -HUP {pid}' has it make a new one")
+    return PizauthError(f"{NO_SERVER}: start it with 'pizauth server'; if it runs, it has another"
+                        f" XDG_RUNTIME_DIR, for there is none in {directory}")
 
 
 def lock_holder(directory: str) -> str:
@@ -3317,18 +3360,15 @@ def lock_holder(directory: str) -> str:
 
 def connect_client(sock: Any, path: str) -> None:
     """Connect to the server. If its queue is full, wait for a place. Raises OSError."""
-    tries = CLIENT_TIMEOUT / CONNECT_AGAIN
-    while True:
+    for _ in range(round(CLIENT_TIMEOUT / CONNECT_AGAIN)):
         try:
             sock.connect(path)
             return
         except BlockingIOError:
-            import _socket, time
+            import time
 
-            tries -= 1
-            if tries <= 0:
-                raise _socket.timeout from None
             time.sleep(CONNECT_AGAIN)
+    sock.connect(path)
 
 
 def ask(request: bytes) -> bytes:
@@ -3349,10 +3389,10 @@ def ask(request: bytes) -> bytes:
             pass  # the server has answered before it read everything
         while data := sock.recv(CHUNK):
             reply += data
-    except _socket.timeout:
-        raise ServerHangs(directory) from None
+    except (_socket.timeout, BlockingIOError):
+        raise server_hangs(directory) from None
     except OSError:
-        raise PizauthError(f"{NO_SERVER}: start it with 'pizauth server'") from None
+        raise no_server(directory) from None
     finally:
         sock.close()
     return bytes(reply)
