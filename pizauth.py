@@ -1980,8 +1980,7 @@ def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
     reason = ""
     try:
         os.setsid()  # so that Ctrl-C on the server's terminal does not end it
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE,
-                       signal.SIGXFSZ, signal.SIGTTOU):
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             signal.signal(number, signal.SIG_DFL)
         with suppress(ValueError):  # macOS does not take an infinite limit back
             limit_resources(descriptors)

@@ -3602,7 +3602,7 @@ EVIL = [
       for piece in ("a", "1:", "ü.", "[", "a/é", "%41", "a?", "@")],
     (fuzz_config, 1 << 20, lambda n: b"".join(account(f"n{i}").encode() for i in range(n // 120))),
     (fuzz_config, 1 << 20, lambda n: b"refresh_retry = " + b"9" * n + b"s;"),
-    *[(head_by_byte, 1 << 14, lambda n, start=start: start + b"a" * (n - 40)) for start in (
+    *[(head_by_byte, 1 << 13, lambda n, start=start: start + b"a" * (n - 40)) for start in (
         b"GET /", b"GET / HTTP/1.1\r\nX: ", b"GET /" + b"a" * 8000 + b" HTTP/1.1\r\nX: ")],
     (fuzz_head, 1 << 14, lambda n: b"GET /?state=x" + b"&%41=%41" * (n // 9) + b" HTTP/1.1\r\n"),
     *[(judged, 1 << 20, lambda n, piece=piece: (piece * n)[:n]) for piece in (
