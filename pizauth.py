@@ -1122,6 +1122,7 @@ class RedirectLogin(Pending):
             yield self.retry_at, "exchange"
 
     def reply(self, with_url: bool) -> bytes:
+        """The same, but no URL once the person has been there."""
         if self.form is None:
             return super().reply(with_url)
         if self.tries > 1 or self.retry_at is not None:
@@ -2066,19 +2067,26 @@ def unpacked(body: bytes, coding: str) -> bytes | None:
     # deflate should have the zlib format, and has none from some servers
     for window in {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}.get(coding, ()):
         with suppress(zlib.error):
-            plain, packed = b"", body
-            while packed.startswith(b"\x1f\x8b") or not plain:  # gzip may have several members
-                unpacker = zlib.decompressobj(window)
-                plain += unpacker.decompress(packed, ANSWER_LIMIT + 1 - len(plain))
-                if len(plain) > ANSWER_LIMIT:
-                    return plain
-                if not unpacker.eof:
-                    raise OSError("it was cut short")
-                packed = unpacker.unused_data
-                if not packed:
-                    break
-            return plain
+            return inflated(body, window)
     return None
+
+
+def inflated(packed: bytes, window: int) -> bytes:
+    """What zlib makes of all members; junk after the last one is passed over. Raises OSError if it
+    is cut short, zlib.error if it is something else."""
+    import zlib
+
+    plain = b""
+    while True:
+        unpacker = zlib.decompressobj(window)
+        plain += unpacker.decompress(packed, ANSWER_LIMIT + 1 - len(plain))
+        if len(plain) > ANSWER_LIMIT:
+            return plain
+        if not unpacker.eof:
+            raise OSError("it was cut short")
+        packed = unpacker.unused_data
+        if not packed.startswith(b"\x1f\x8b"):  # no further member of gzip (RFC 1952 2.2)
+            return plain
 
 
 def proxy_for(uri: str) -> Fields:
