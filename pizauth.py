@@ -65,10 +65,11 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
     from contextlib import suppress
     from functools import partial
-    from typing import Any, Callable, NoReturn, Optional, Union
+    from typing import Any, Callable, NoReturn, Optional, TypeVar, Union
     from typing import dataclass_transform  # novermin: mypy alone reads this
 
     Addresses = tuple[tuple[str, int], ...]  # hosts and ports of a listener
+    Answered = TypeVar("Answered")  # a good answer of a provider's endpoint
     Answer = Callable[[bytes], None]  # gives a peer its reply; used once, now or on a later pass
     Cancel = Callable[[], None]  # stops work whose result is no longer wanted
     Ended = Callable[[Optional[int], bytes], None]  # takes a child's exit status and output
@@ -140,10 +141,12 @@ class BadRequest(PizauthError):
 
 
 class TokenError(PizauthError):
-    """The token endpoint gave no token. The text is cut to 500 printable characters."""
+    """The token endpoint gave no token. The text is cut to 500 printable characters; `error` is the
+    provider's error code (RFC 6749 5.2), if it gave one."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, error: str = "") -> None:
         super().__init__(printable(text)[:500])
+        self.error = error
 
 
 class TransientError(TokenError):
@@ -155,8 +158,8 @@ class TransientError(TokenError):
     odd           any other answer
     """
 
-    def __init__(self, text: str, cause: str, retry_after: float = 0) -> None:
-        super().__init__(text)
+    def __init__(self, text: str, cause: str, retry_after: float = 0, error: str = "") -> None:
+        super().__init__(text, error)
         self.cause, self.retry_after = cause, retry_after
 
 
@@ -196,19 +199,20 @@ MANDATORY: Any = object()  # the default of an option that has none
 class Option:
     """The declaration of an option; no Record, for each `show` makes all of them."""
 
-    def __init__(self, read: str, default: Any, dump: str) -> None:
-        self.read, self.default, self.dump = read, default, dump
+    def __init__(self, read: str, default: Any, dump: str, unless: str) -> None:
+        self.read, self.default, self.dump, self.unless = read, default, dump, unless
 
 
-def option(read: str, *, default: Any = MANDATORY, dump: str = "") -> Any:
-    """Declare an option, as a field of Account or Config; without a default it is mandatory.
+def option(read: str, *, default: Any = MANDATORY, dump: str = "", unless: str = "") -> Any:
+    """Declare an option, as a field of Account or Config; without a default it is mandatory, and so
+    it is with `unless`, unless that option is set.
 
     `read` is the method of Parser that reads its value. `dump` marks an option that tokens depend
     on: a reload that changes it drops the token, and a restore requires it to be equal. `dump` is
     its layout in a dump: one of LAYOUTS for options that the original has, declared in the order of
     its dumps; "extension" for any other option, which may stand anywhere.
     """
-    return Option(read, default, dump)
+    return Option(read, default, dump, unless)
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(option,))
@@ -239,19 +243,21 @@ class Account(Schedule):
     """An account and its options, texts as written."""
 
     name: str
-    auth_uri: str = option("uri", dump="string")
+    auth_uri: str = option("uri", default="", dump="string", unless="device_auth_uri")
     auth_uri_fields: tuple[tuple[str, str], ...] = option("pairs", default=(), dump="pairs")
     client_id: str = option("string", dump="string")
     client_secret: str | None = option("string", default=None, dump="optional")
     redirect_uri: str = option("uri", default="http://localhost/", dump="string")
     scopes: tuple[str, ...] = option("strings", default=(), dump="strings")
     token_uri: str = option("uri", dump="string")
+    device_auth_uri: str | None = option("uri", default=None, dump="extension")
     login_hint: str | None = option("string", default=None)
 
     @property
     def redirect_scheme(self) -> str:
-        """The scheme of the listener that the browser returns to: http or https."""
-        return split_uri(self.redirect_uri).scheme
+        """The scheme of the listener that the browser returns to: http, https, or none if it does
+        not return."""
+        return "" if self.device_auth_uri else split_uri(self.redirect_uri).scheme
 
     def redirect_uri_at(self, port: int) -> str:
         """The redirect URI as sent, with our listener's port in place of its own (RFC 8252 7.3)."""
@@ -560,12 +566,13 @@ class Parser:
         """Raise ConfigError if there is no account, or no listener for some account's redirect."""
         if not config.accounts:
             raise ConfigError('Must specify at least one account: account "NAME" { ... }')
-        if config.http_listen == config.https_listen == ():
+        redirects = any(account.redirect_scheme for account in config.accounts.values())
+        if config.http_listen == config.https_listen == () and redirects:
             raise ConfigError("Cannot set both http_listen and https_listen to 'none':"
                               " the browser must reach one of them")
         for name, account in config.accounts.items():
             scheme = account.redirect_scheme
-            if not config.addresses(scheme):
+            if scheme and not config.addresses(scheme):
                 raise self.error(places[name], f"Account {name} has an '{scheme}' redirect but the"
                                                f" {scheme.upper()} server is set to 'none':"
                                                f" change its redirect_uri or {scheme}_listen")
@@ -580,7 +587,8 @@ class Parser:
             self.option(self.account_options, values)
         self.take("}")
         for name, option in self.account_options.items():
-            if option.default is MANDATORY and name not in values:
+            mandatory = option.default is MANDATORY or option.unless
+            if mandatory and name not in values and option.unless not in values:
                 raise self.error(
                     place, f"{name} not specified: this account needs {name} = \"...\";")
         if "login_hint" in values and "login_hint" in dict(values.get("auth_uri_fields", ())):
@@ -695,13 +703,17 @@ class Parser:
 TOKEN_REQUEST_LIMIT = 30  # Seconds that one token request may take in all, look-ups included.
 RETRY_AFTER_LIMIT = 3600  # A Retry-After of more seconds is shortened to this.
 LIFE_LIMIT = 10 * 365 * 86400  # Longer lifetimes (in seconds) are ignored.
+DEVICE_LIFE = 300  # Seconds that a device code lasts if the provider does not say.
+DEVICE_INTERVAL = 5  # Seconds between two polls if the provider does not say (RFC 8628 3.2).
+CODE_LENGTH = 100  # Characters of a user code.
 ANSWER_LIMIT = 1 << 20  # Bytes of a token endpoint's answer.
 FORM_LIMIT = 64 << 10  # Bytes of an answer that is a form.
 FIELDS_LIMIT = 100  # Fields of a query or a form.
 PASSING_ERRORS = ("temporarily_unavailable", "server_error", "slow_down")
 OTHER_WORDS = ("error_code", "code", "status", "title", "message", "msg", "error_description",
                "detail")  # where errors that are not of OAuth have theirs
-SECRET_FIELDS = ("code", "code_verifier", "refresh_token", "client_secret", "access_token")
+SECRET_FIELDS = ("code", "code_verifier", "refresh_token", "client_secret", "access_token",
+                 "device_code")
 
 
 class TokenResponse(Record):
@@ -710,6 +722,16 @@ class TokenResponse(Record):
     access_token: str
     expires_in: float | None
     refresh_token: str | None
+
+
+class DeviceResponse(Record):
+    """A good answer of the device authorization endpoint (RFC 8628 3.2); times in seconds."""
+
+    device_code: str
+    user_code: str
+    url: str  # verification_uri_complete if there is one
+    expires_in: float
+    interval: float
 
 
 def code_challenge(code_verifier: str) -> str:
@@ -765,6 +787,19 @@ def refresh_request(account: Account, refresh_token: str) -> Form:
         ("grant_type", "refresh_token")])
 
 
+def device_request(account: Account) -> Form:
+    """The form that asks for a device code and a user code (RFC 8628 3.1)."""
+    scope = [("scope", " ".join(account.scopes))] if account.scopes else []
+    return with_client_secret(account, [("client_id", account.client_id), *scope])
+
+
+def device_token_request(account: Account, device_code: str) -> Form:
+    """The form that asks for the tokens of a device login (RFC 8628 3.4)."""
+    return with_client_secret(account, [
+        ("client_id", account.client_id), ("device_code", device_code),
+        ("grant_type", "urn:ietf:params:oauth:grant-type:device_code")])
+
+
 def with_client_secret(account: Account, form: Form) -> Form:
     """A form with the client's secret, if one is set, even if it is empty (RFC 6749 2.3.1)."""
     secret = account.client_secret
@@ -794,7 +829,19 @@ def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes,
 
 
 def token_response(outcome: bytes, form: Form) -> TokenResponse:
-    """Judge an outcome. Raises TransientError or PermanentError, without secrets of the form."""
+    """The tokens in an outcome. Raises TransientError or PermanentError, without secrets of the
+    form."""
+    return judged(outcome, form, good_answer)
+
+
+def device_response(outcome: bytes, form: Form) -> DeviceResponse:
+    """The same for the device authorization endpoint, whose errors are alike (RFC 8628 3.2)."""
+    return judged(outcome, form, good_device_answer)
+
+
+def judged(outcome: bytes, form: Form, read: Callable[[dict[str, Any]], Answered]) -> Answered:
+    """What read() makes of the fields of a good answer; it raises ValueError if they are none.
+    Raises TransientError or PermanentError, without secrets of the form."""
     head, _, body = outcome.partition(b"\n")
     number, delay, whole, trouble = head.decode("utf-8", "replace").split(" ", 3)
     status, retry_after = int(number), min(float(delay), RETRY_AFTER_LIMIT)
@@ -805,20 +852,20 @@ def token_response(outcome: bytes, form: Form) -> TokenResponse:
     error, words = provider_words(answer or {}, status)
     message = f"HTTP {status}" + (f": {without_secrets(words, form)}" if words else "")
     if status in (408, 425, 429) or status >= 500:
-        raise TransientError(message, "outage", retry_after)
+        raise TransientError(message, "outage", retry_after, error)
     fault = ""
     if 200 <= status < 300:
         fields = form_fields(body, whole == "1") if answer is None else answer
         try:
-            return good_answer(fields)
+            return read(fields or {})
         except ValueError as reason:
             fault = "" if fields is None or trouble else str(reason)
     if is_visible_ascii(error) and error not in PASSING_ERRORS:
-        raise PermanentError(message)
+        raise PermanentError(message, error)
     cause, guess = cause_and_guess(status, error, answer, fault, trouble)
     if guess and (status < 400 or not words):
         message += f", but {without_secrets(guess, form)}"
-    raise TransientError(message, cause, retry_after)
+    raise TransientError(message, cause, retry_after, error)
 
 
 def cause_and_guess(status: int, error: str, answer: dict[str, Any] | None, fault: str,
@@ -868,10 +915,9 @@ def form_fields(body: bytes, whole: bool) -> dict[str, Any] | None:
     return fields if fields.keys() & {"access_token", "error"} else None  # not a page
 
 
-def good_answer(answer: dict[str, Any] | None) -> TokenResponse:
+def good_answer(answer: dict[str, Any]) -> TokenResponse:
     """The tokens in an answer (RFC 6749 5.1), read with tolerance. Raises ValueError that says what
     is wrong."""
-    answer = answer or {}
     access_token, refresh_token = answer.get("access_token"), answer.get("refresh_token") or None
     token_type = answer.get("token_type")
     for name, token in (("access_token", access_token), ("refresh_token", refresh_token)):
@@ -883,6 +929,26 @@ def good_answer(answer: dict[str, Any] | None) -> TokenResponse:
         raise ValueError(f"its token_type is '{str(token_type)[:100]}' instead of 'bearer'")
     return TokenResponse(access_token=access_token, refresh_token=refresh_token,
                          expires_in=sensible_life(answer.get("expires_in")))
+
+
+def good_device_answer(answer: dict[str, Any]) -> DeviceResponse:
+    """The codes in an answer (RFC 8628 3.2), read with tolerance; Google says verification_url.
+    Raises ValueError if it is no good one, with the reason."""
+    device_code, user_code = answer.get("device_code"), answer.get("user_code")
+    uris = [answer.get(name) for name in (
+        "verification_uri_complete", "verification_uri", "verification_url")]
+    url = next((uri for uri in uris if isinstance(uri, str)
+                and re.fullmatch(r"https?://[!-~]+", uri, re.IGNORECASE)), None)
+    if not isinstance(device_code, str) or not device_code:
+        raise ValueError("it has no device_code: is device_auth_uri right?")
+    if not isinstance(user_code, str) or not 0 < len(printable(user_code)) <= CODE_LENGTH:
+        raise ValueError("it has no user_code that can be typed")
+    if url is None:
+        raise ValueError("it has no verification_uri that can be opened")
+    return DeviceResponse(
+        device_code=device_code, user_code=printable(user_code), url=url,
+        expires_in=sensible_life(answer.get("expires_in")) or DEVICE_LIFE,
+        interval=max(1, sensible_life(answer.get("interval")) or DEVICE_INTERVAL))
 
 
 def is_visible_ascii(text: str) -> bool:
@@ -911,6 +977,9 @@ HTTPS_HERE = (
     " use only HTTPS there (HSTS). Make the browser forget that (in Chromium at"
     " chrome://net-internals/#hsts), or write 127.0.0.1 or https: in redirect_uri")
 HTTP_HERE = "This port speaks HTTPS: is redirect_uri in pizauth.conf what it should be?"
+PASTE = ("This is not the address of a redirect: paste all that the browser's address bar shows"
+         " after the login, or at least all from the '?' on")
+QUOTES = "\"'`<>\u2018\u2019\u201c\u201d\u00ab\u00bb"  # around a pasted address
 LOG_IN_AGAIN = "To log in, run 'pizauth show ACCOUNT' and open the URL that it prints."
 
 
@@ -994,6 +1063,21 @@ STYLE = (
     "body{font:1.1em/1.5 sans-serif;max-width:36em;margin:12vh auto;padding:0 1em;"
     "overflow-wrap:anywhere}h1{font-size:1.5em}.worked{color:#17652c}.failed{color:#b3261e}"
     "@media(prefers-color-scheme:dark){.worked{color:#6fdd8b}.failed{color:#ff9d94}}")
+
+
+def pasted_redirect(text: str) -> tuple[str, str, str]:
+    """Scheme, host and target of a redirect copied from a browser's address bar, perhaps by way of
+    a mail or wrapped by a terminal. Scheme and host are empty where only the query was copied, and
+    the scheme where the browser hid it. Raises RequestError."""
+    text = re.sub(r"\s", "", text.replace("&amp;", "&")).strip(QUOTES)
+    if "?" not in text and "=" in text.partition("&")[0] and "/" not in text.partition("=")[0]:
+        text = "?" + text
+    match = re.fullmatch(r"(?:(https?)://)?([^/?#]*)(/[^?#]*)?\?([^#]*)(?:#.*)?", text,
+                         re.IGNORECASE)
+    if match is None:
+        raise RequestError(PASTE)
+    scheme, host, path, query = (part or "" for part in match.groups())
+    return scheme.lower(), host, f"{path or '/'}?{query}"
 
 
 def page(status: int, sign: str, text: str, advice: str) -> bytes:
@@ -1085,26 +1169,34 @@ class Clock:
 class Pending(Record):
     """A login has begun: the person must visit the URL."""
 
-    url: str
+    url: str = ""
+    user_code: str = ""  # what the person must enter there, if anything
     state: str = ""  # identifies its redirect; empty if it ends without one
     remind_at: float
     notified_at: float | None = None
     notifying: bool = False  # while auth_notify_cmd runs
+    form: Form | None = None  # of the request that the login goes on with
+    tries: int = 0
+    retry_at: float | None = None  # when that request, which failed, is tried again
     cancel: Cancel | None = None  # set while a token request runs
 
     def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
-        """When to remind the person."""
+        """When to remind the person, and when to try a request again."""
         yield self.remind_at, "remind"
+        if self.retry_at is not None:
+            yield self.retry_at, "proceed"
 
     def reply(self, with_url: bool) -> bytes:
         """The reply to a control client that wants a token."""
-        return b"pending:" + (self.url.encode() if with_url else b"")
+        code = f" and code {self.user_code}" if self.user_code else ""
+        return f"pending:{self.url}{code}".encode() if with_url else b"pending:"
 
     def status(self, clock: Clock) -> str:
         """The state as `status` prints it."""
         notified = ("" if self.notified_at is None
                     else f" (last notification {clock.date(self.notified_at)})")
-        return f"Access token pending authentication{notified}"
+        device = f"; open {self.url} and enter {self.user_code}" if self.user_code else ""
+        return f"Access token pending authentication{notified}{device}"
 
 
 class RedirectLogin(Pending):
@@ -1112,14 +1204,6 @@ class RedirectLogin(Pending):
 
     code_verifier: str
     redirect_uri: str
-    form: Form | None = None  # once there is a code: the form that exchanges it
-    tries: int = 0
-    retry_at: float | None = None  # when an exchange that failed is tried again
-
-    def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
-        yield from super().appointments(account)
-        if self.retry_at is not None:
-            yield self.retry_at, "exchange"
 
     def reply(self, with_url: bool) -> bytes:
         """The same, but no URL once the person has been there."""
@@ -1130,6 +1214,22 @@ class RedirectLogin(Pending):
                     b" status') and is being retried. Do not log in again")
         return (b"error:The login is being completed: its code is being exchanged for a token."
                 b" Do not log in again")
+
+
+class DeviceLogin(Pending):
+    """A login that the person does on any machine, with a code (RFC 8628). URL and code are empty
+    until the provider has given them; then it is polled."""
+
+    device_code: str = ""
+    expires_at: float = FOR_EVER  # when the codes are void
+    interval: float = 0  # at least between two polls
+    gap: float = 0  # to the next poll; more than the interval while the provider is out of reach
+    poll_at: float | None = None  # None: a poll runs, or there is no code yet
+
+    def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
+        yield from super().appointments(account)
+        if self.poll_at is not None:
+            yield self.poll_at, "poll"
 
 
 class Active(Record):
@@ -1386,6 +1486,11 @@ def decrypt_dump(dump: bytes) -> bytes:
 CODE_TRIES = 10  # How often a code exchange is tried in all.
 CODE_RETRY_INTERVAL = 6  # Seconds between two of these tries.
 BROWSER_PATIENCE = 10  # Seconds that a browser is kept waiting for the outcome of its login.
+DEVICE_PATIENCE = 9  # Seconds that a client waits for a device code; less than CLIENT_TIMEOUT.
+COMPLETE_PATIENCE = 75  # Seconds that `complete` waits for the outcome: ten tries take a minute.
+SLOW_DOWN = 5  # Seconds that `slow_down` adds to the interval, for good (RFC 8628 3.5).
+LONGEST_GAP = 60  # Seconds between two polls, at most, while the provider is out of reach.
+LAST_POLL = 1  # Seconds before a code expires for one more poll, however long the gap.
 REMINDER_GAP = 1  # Seconds between two reminders, even if auth_notify_interval is less.
 HOOK_LIMIT = 60  # Seconds that error_notify_cmd and token_event_cmd may run.
 VERDICT_LIMIT = 180  # Seconds that transient_error_if_cmd may run.
@@ -1393,7 +1498,7 @@ VERDICT_FAILURES = 6  # Failures in a row between two runs of transient_error_if
 KEEPS_LOGIN = (0, 126, 127)  # Its exit statuses that keep the login: yes, or it could not start.
 UNEXPLAINED_LIMIT = 3  # After so many such refusals in a row an expired token is dropped.
 CLOSE_PAGE = "you can safely close this page."
-NO_OUTCOME_YET = f"pizauth processing authentication: {CLOSE_PAGE}"
+NO_OUTCOME_YET = "pizauth processing authentication"
 SUPERSEDED = "This authorization request is void: there is a newer one, or the account has changed."
 NO_REFRESH_TOKEN = ("the provider gave no refresh token, so this account must be authorised again"
                     " when its access token expires; what usually helps is the scope offline_access"
@@ -1411,9 +1516,9 @@ class Waiter(Record):
 class Authenticator:
     """The accounts' tokens, and what may be done with them.
 
-    `post(kind, uri, form, then)` starts a token request ("code" or "refresh"); it returns a Cancel,
-    and calls then(outcome) on a later pass. `run(command, environment, limit, then)` does the same
-    for a shell command; its `then` is an Ended.
+    `post(kind, uri, form, then)` starts a token request, whose kind is its urgency, a key of SLOTS;
+    it returns a Cancel, and calls then(outcome) on a later pass. `run(command, environment, limit,
+    then)` does the same for a shell command; its `then` is an Ended.
     """
 
     def __init__(self, config: Config, clock: Clock,
@@ -1493,7 +1598,7 @@ class Authenticator:
         if event is not None:
             self._tell_event(name, event)
         if isinstance(token, Active):  # last, because a waiter may replace the state again
-            self._tell_waiters(name, "worked", f"Account {name} is authorised: {CLOSE_PAGE}")
+            self._tell_waiters(name, "worked", f"Account {name} is authorised")
         else:
             self._tell_waiters(name, "failed", told)
 
@@ -1517,15 +1622,23 @@ class Authenticator:
         return deliver
 
     def _request_authorization(self, account: Account) -> Pending:
-        """Make a fresh authorization request; the person is notified on the next pass."""
+        """Begin a fresh login; the person is notified once there is a URL."""
+        if account.device_auth_uri is not None:
+            login = DeviceLogin(remind_at=FOR_EVER, form=device_request(account))
+            self._replace(account.name, login, None, SUPERSEDED)
+            self._proceed(account.name, login)
+            return login
         state, code_verifier = secrets.token_urlsafe(32), secrets.token_urlsafe(64)
         redirect_uri = self._redirect_uri(account)
         url = authorization_request(account, state, code_verifier, redirect_uri)
-        remind_at = max(self._clock.now(), self._notified.get(account.name, 0) + REMINDER_GAP)
-        pending = RedirectLogin(url=url, remind_at=remind_at, state=state,
+        pending = RedirectLogin(url=url, remind_at=self._notify_at(account.name), state=state,
                                 code_verifier=code_verifier, redirect_uri=redirect_uri)
         self._replace(account.name, pending, None, SUPERSEDED)
         return pending
+
+    def _notify_at(self, name: str) -> float:
+        """When the person may be notified of a fresh login."""
+        return max(self._clock.now(), self._notified.get(name, 0) + REMINDER_GAP)
 
     def _redirect_uri(self, account: Account) -> str:
         """The account's redirect URI, at our listener of its scheme."""
@@ -1543,30 +1656,90 @@ class Authenticator:
         pending.notified_at = self._notified[name] = now
         if self.config.auth_notify_cmd is not None:
             pending.notifying = True
-            self._command("auth_notify_cmd", name, {"PIZAUTH_URL": pending.url}, FOR_EVER,
+            code = {"PIZAUTH_CODE": pending.user_code} if pending.user_code else {}
+            self._command("auth_notify_cmd", name, {"PIZAUTH_URL": pending.url, **code}, FOR_EVER,
                           lambda *_: setattr(pending, "notifying", False))
 
-    def _exchange(self, name: str, pending: RedirectLogin) -> None:
-        """Post the code (RFC 6749 4.1.3), for the first time or again."""
+    def _proceed(self, name: str, pending: Pending) -> None:
+        """Post the form that the login goes on with, for the first time or again: the exchange of a
+        code (RFC 6749 4.1.3), or the request for a device code (RFC 8628 3.1)."""
+        account = self.config.accounts[name]
+        uri = account.device_auth_uri or account.token_uri
+        then = self._device_asked if isinstance(pending, DeviceLogin) else self._exchanged
         pending.tries += 1
         pending.retry_at = None
-        pending.cancel = self._post("code", normal_uri(self.config.accounts[name].token_uri),
-                                    pending.form or [],
-                                    self._unless_replaced(name, pending, self._exchanged))
+        pending.cancel = self._post("code", normal_uri(uri), pending.form or [],
+                                    self._unless_replaced(name, pending, then))
         self._forget_deadline()
 
-    def _exchanged(self, name: str, pending: RedirectLogin, outcome: bytes) -> None:
+    def _proceed_failed(self, name: str, pending: Pending, error: TokenError) -> None:
+        """The request has failed: try again, or give the login up."""
+        retried = isinstance(error, TransientError) and error.cause == "outage"
+        if retried and pending.tries < CODE_TRIES:
+            pending.retry_at = self._clock.now() + CODE_RETRY_INTERVAL
+            message = f"Authentication for {name} failed, and will be tried again: {error}"
+            self._failed(name, message, INFO)
+        else:
+            self._login_failed(name, None, f"Authentication for {name} failed: {error}")
+
+    def _exchanged(self, name: str, pending: Pending, outcome: bytes) -> None:
         """Handle the outcome of a code exchange."""
         try:
             response = token_response(outcome, pending.form or [])
         except TokenError as error:
-            retried = isinstance(error, TransientError) and error.cause == "outage"
-            if retried and pending.tries < CODE_TRIES:
-                pending.retry_at = self._clock.now() + CODE_RETRY_INTERVAL
+            self._proceed_failed(name, pending, error)
+        else:
+            self._obtained(name, response, response.refresh_token, "token_new")
+
+    def _device_asked(self, name: str, login: DeviceLogin, outcome: bytes) -> None:
+        """Handle the outcome of a request for a device code: tell the person, and poll."""
+        try:
+            response = device_response(outcome, login.form or [])
+        except TokenError as error:
+            self._proceed_failed(name, login, error)
+            return
+        now = self._clock.now()
+        login.url, login.user_code = response.url, response.user_code
+        login.device_code, login.form = response.device_code, None
+        login.expires_at = now + response.expires_in
+        login.interval = login.gap = response.interval
+        login.poll_at, login.remind_at = now + login.gap, self._notify_at(name)
+        self._errors.pop(name, None)
+        self._tell_waiters(name, "waiting", "")
+
+    def _poll(self, name: str, login: DeviceLogin) -> None:
+        """Ask for the tokens of a device login (RFC 8628 3.4)."""
+        account = self.config.accounts[name]
+        if login.expires_at <= self._clock.now():
+            self._login_failed(name, None, f"Authentication for {name} failed: the code"
+                                           f" {login.user_code} has expired before it was entered")
+            return
+        login.poll_at = None
+        form = device_token_request(account, login.device_code)
+        login.cancel = self._post("refresh", normal_uri(account.token_uri), form,
+                                  self._unless_replaced(name, login, partial(self._polled, form)))
+        self._forget_deadline()
+
+    def _polled(self, form: Form, name: str, login: DeviceLogin, outcome: bytes) -> None:
+        """Handle the outcome of a poll (RFC 8628 3.5)."""
+        try:
+            response = token_response(outcome, form)
+        except TokenError as error:
+            if error.error == "slow_down":
+                login.interval += SLOW_DOWN
+            if error.error in ("authorization_pending", "slow_down"):
+                login.gap = login.interval
+                self._errors.pop(name, None)
+            elif isinstance(error, TransientError):
+                login.gap = max(login.interval, min(2 * login.gap, LONGEST_GAP), error.retry_after)
                 message = f"Authentication for {name} failed, and will be tried again: {error}"
                 self._failed(name, message, INFO)
             else:
                 self._login_failed(name, None, f"Authentication for {name} failed: {error}")
+                return
+            now = self._clock.now()
+            before_expiry = login.expires_at - LAST_POLL - now
+            login.poll_at = now + max(login.interval, min(login.gap, before_expiry))
         else:
             self._obtained(name, response, response.refresh_token, "token_new")
 
@@ -1648,8 +1821,8 @@ class Authenticator:
                            " refresh token: log in again", ERROR)
 
     _ACTS: Mapping[str, Callable[[Authenticator, str, Any], None]] = {
-        "exchange": _exchange, "expire": _expire, "refresh": _refresh, "remind": _remind,
-        "tell of fault": _tell_of_fault}
+        "expire": _expire, "poll": _poll, "proceed": _proceed, "refresh": _refresh,
+        "remind": _remind, "tell of fault": _tell_of_fault}
 
     def _login_failed(self, name: str, event: str | None, message: str) -> None:
         """The login has ended in failure: forget it, and tell the person."""
@@ -1713,14 +1886,23 @@ class Authenticator:
 
     def redirected(self, scheme: str, head: tuple[str, str], answer: Answer) -> None:
         """Answer a browser, which may bring an authorization response."""
+        target, host = head
+
+        def tell(name: str, sign: str, text: str) -> None:
+            closing = f": {CLOSE_PAGE}" if sign in ("worked", "waiting") else ""
+            answer(page(200, sign, text + closing, next_step(sign, name)))
+
         try:
-            self._redirected(scheme, *head, answer)
+            self._redirected(scheme, host, target, BROWSER_PATIENCE, tell)
         except BadRequest as error:
             self._log(error.level, f"A browser request was refused: {error}")
             answer(error_reply(error))
 
-    def _redirected(self, scheme: str, target: str, host: str, answer: Answer) -> None:
-        """The checks are ordered so that no stray or forged request changes any state."""
+    def _redirected(self, scheme: str, host: str, target: str, patience: float,
+                    tell: Callable[[str, str, str], None]) -> None:
+        """Handle an authorization response, and tell(account, sign, text) the outcome. The checks
+        are ordered so that no stray or forged request changes any state; without a host the address
+        is not checked, for only its query is known. Raises BadRequest."""
         response = authorization_response(target.partition("?")[2])
         if "state" not in response:
             raise without_state(response)
@@ -1732,19 +1914,21 @@ class Authenticator:
                 " 'pizauth status' tells how things are. " + LOG_IN_AGAIN)
         token = self._tokens[name]
         if isinstance(token, Active):
-            text = f"Account {name} is authorised already: {CLOSE_PAGE}"
-            answer(page(200, "worked", text, next_step("worked", name)))
+            tell(name, "worked", f"Account {name} is authorised already")
             return
         assert isinstance(token, RedirectLogin), "no other login waits for a redirect"
-        if not redirect_matches(token.redirect_uri, scheme, host, target):
+        scheme = scheme or token.redirect_uri.partition(":")[0]
+        if host and not redirect_matches(token.redirect_uri, scheme, host, target):
             raise BadRequest(404, "This is not the address that the account redirects to.",
                              "The login still waits for its redirect. Is redirect_uri in"
                              " pizauth.conf what the provider has on record?")
         if token.form is None:
             self._respond(name, token, response)
-        self._waiters.append(Waiter(
-            account=name, until=self._clock.now() + BROWSER_PATIENCE,
-            tell=lambda sign, text: answer(page(200, sign, text, next_step(sign, name)))))
+        self._wait(name, patience, partial(tell, name))
+
+    def _wait(self, name: str, patience: float, tell: Callable[[str, str], None]) -> None:
+        """Keep a peer waiting for the outcome of an account's login."""
+        self._waiters.append(Waiter(account=name, until=self._clock.now() + patience, tell=tell))
         self._forget_deadline()
 
     def _respond(self, name: str, pending: RedirectLogin, response: Fields) -> None:
@@ -1759,9 +1943,24 @@ class Authenticator:
         pending.form = access_token_request(
             self.config.accounts[name], response["code"], pending.code_verifier,
             pending.redirect_uri)
-        self._exchange(name, pending)
+        self._proceed(name, pending)
 
     # The control protocol: a method for each verb, their table, and the dispatch.
+
+    def _complete(self, rest: bytes, answer: Answer) -> None:
+        """Take the redirect of a browser that could not reach our listener (RFC 6749 4.1.2)."""
+        scheme, host, target = pasted_redirect(rest.decode("utf-8", "replace"))
+
+        def tell(name: str, sign: str, text: str) -> None:
+            worked = sign == "worked"
+            answer(f"ok:{text}".encode() if worked else
+                   f"error:{text.rstrip('.')}. {next_step(sign, name)}".encode())
+
+        try:
+            self._redirected(scheme, host, target, COMPLETE_PATIENCE, tell)
+        except BadRequest as error:
+            advice = error.advice or LOG_IN_AGAIN
+            raise RequestError(f"{str(error).rstrip('.')}. {advice}") from None
 
     def _dump(self, rest: bytes, answer: Answer) -> None:
         states = [(account, self._tokens[name]) for name, account in self.config.accounts.items()]
@@ -1778,7 +1977,7 @@ class Authenticator:
         with_url, account = self._option_and_account(rest)
         token = self._expire_if_due(account.name)
         if not isinstance(token, Active):
-            answer(self._request_authorization(account).reply(with_url))
+            self._give_url(account.name, self._request_authorization(account), with_url, answer)
             return
         if token.refresh_token is None:
             until = self._clock.date(token.expires_at)
@@ -1813,7 +2012,8 @@ class Authenticator:
         with_url, account = self._option_and_account(rest)
         token = self._expire_if_due(account.name)
         if not isinstance(token, Active):
-            answer((token or self._request_authorization(account)).reply(with_url))
+            pending = token or self._request_authorization(account)
+            self._give_url(account.name, pending, with_url, answer)
         elif self._clock.now() < token.expires_at:
             answer(b"access_token:" + token.access_token.encode())
         elif token.cancel is not None:
@@ -1823,6 +2023,23 @@ class Authenticator:
             self._refresh_soon(account.name, token)
             answer(b"error:Access token has expired. Refreshing initiated")
 
+    def _give_url(self, name: str, pending: Pending, with_url: bool, answer: Answer) -> None:
+        """Give a control client the URL of a login, once there is one."""
+
+        def tell(sign: str, text: str) -> None:
+            if pending.url:
+                answer(pending.reply(with_url))
+            elif sign == "waiting":
+                answer(b"error:The provider has not given a code to log in with yet: ask again in a"
+                       b" few seconds, or see pizauth status")
+            else:
+                answer(f"error:{text}".encode())
+
+        if pending.url:
+            answer(pending.reply(with_url))
+        else:
+            self._wait(name, DEVICE_PATIENCE, tell)
+
     def _shutdown(self, rest: bytes, answer: Answer) -> None:
         self.stopping = True  # the client's connection is closed last of all
 
@@ -1831,8 +2048,8 @@ class Authenticator:
         answer(("ok:" + "\n".join(lines)).encode() if lines else b"error:No accounts configured")
 
     _VERBS = {
-        b"dump": _dump, b"info": _info, b"refresh": _refresh_now, b"reload": _reload,
-        b"restore": _restore, b"revoke": _revoke, b"showtoken": _showtoken,
+        b"complete": _complete, b"dump": _dump, b"info": _info, b"refresh": _refresh_now,
+        b"reload": _reload, b"restore": _restore, b"revoke": _revoke, b"showtoken": _showtoken,
         b"shutdown": _shutdown, b"status": _status}
 
     _ALONE = (b"dump", b"info", b"reload", b"shutdown", b"status")  # they take nothing
@@ -3323,6 +3540,7 @@ def leave_terminal(writer: int, server: Server) -> None:
 
 CLIENT_TIMEOUT = 10  # Seconds that a client waits for the server's next byte.
 CONNECT_AGAIN = 0.05  # Seconds until a client that found the socket's queue full tries again.
+PASTED = 0.1  # Seconds after which no more lines of a pasted address are expected.
 NO_SERVER = "pizauth authenticator not running or not responding"
 
 
@@ -3378,8 +3596,9 @@ def connect_client(sock: Any, path: str) -> None:
     sock.connect(path)
 
 
-def ask(request: bytes) -> bytes:
-    """The server's reply. Raises PizauthError if there is no server of our user's."""
+def ask(request: bytes, patience: float = 0) -> bytes:
+    """The server's reply, for which it may take so many seconds longer than usual. Raises
+    PizauthError if there is no server of our user's."""
     import _socket
 
     directory = runtime_directory()
@@ -3394,6 +3613,7 @@ def ask(request: bytes) -> bytes:
             sock.shutdown(_socket.SHUT_WR)
         except ConnectionError:
             pass  # the server has answered before it read everything
+        sock.settimeout(CLIENT_TIMEOUT + patience)
         while data := sock.recv(CHUNK):
             reply += data
     except (_socket.timeout, BlockingIOError):
@@ -3405,9 +3625,10 @@ def ask(request: bytes) -> bytes:
     return bytes(reply)
 
 
-def request(verb: bytes, rest: bytes = b"", kind: bytes = b"ok") -> str:
+def request(verb: bytes, rest: bytes = b"", kind: bytes = b"ok",
+            patience: float = 0) -> str:
     """The text of a reply of this kind. Raises PizauthError with the reason if it is another."""
-    reply = ask(verb + b":" + rest)
+    reply = ask(verb + b":" + rest, patience)
     got, _, raw = reply.partition(b":")
     text = raw.decode("utf-8", "replace")
     if got == b"error":
@@ -3472,17 +3693,49 @@ def dump(options: argparse.Namespace) -> None:
     put(reply)
 
 
-def restore(options: argparse.Namespace) -> None:
-    """Send a dump to the server, once all of it has been read."""
+def read_input(limit: int) -> bytes:
+    """All of standard input, which may have so many bytes. Raises PizauthError."""
     data = bytearray()
     try:
-        while piece := os.read(0, min(CHUNK, RESTORE_LIMIT + 1 - len(data))):
+        while piece := os.read(0, min(CHUNK, limit + 1 - len(data))):
             data += piece
     except OSError as error:
         raise PizauthError(f"Cannot read standard input: {error.strerror}") from None
-    if len(data) > RESTORE_LIMIT:
-        raise PizauthError("Standard input is no dump: it is longer than 16 MiB")
-    request(b"restore", bytes(data))
+    if len(data) > limit:
+        raise PizauthError(f"Standard input is longer than {limit >> 10} KiB")
+    return bytes(data)
+
+
+def restore(options: argparse.Namespace) -> None:
+    """Send a dump to the server, once all of it has been read."""
+    request(b"restore", read_input(RESTORE_LIMIT))
+
+
+def complete(options: argparse.Namespace) -> None:
+    """Send the server the address at which a browser ended that could not reach it."""
+    if options.url is not None:
+        address = os.fsencode(options.url)
+    elif os.isatty(0):
+        address = typed_address().encode("utf-8", "surrogateescape")
+    else:
+        address = read_input(REQUEST_LIMIT)
+    put(request(b"complete", address, patience=COMPLETE_PATIENCE) + "\n")
+
+
+def typed_address() -> str:
+    """What the person pastes into the terminal, all its lines. Raises PizauthError."""
+    import select
+    try:
+        import readline  # noqa: F401 - without it a terminal takes 4,096 characters at most
+    except ImportError:
+        pass
+    try:
+        text = input("The address that the browser shows after the login: ")
+        while select.select([0], [], [], PASTED)[0]:
+            text += input()
+    except EOFError:
+        raise PizauthError("No address was given") from None
+    return text
 
 
 def server(options: argparse.Namespace) -> None:
@@ -3506,6 +3759,7 @@ def server(options: argparse.Namespace) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str, ...]]] = {
+    "complete": (complete, "log in with the address at which the browser ended", ("url",)),
     "dump": (dump, "write the tokens to standard output", ()),
     "info": (info, "print where things are and what the server says about itself",
              ("-c --config", "-j")),
@@ -3523,6 +3777,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str
 }
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "account": {"metavar": "ACCOUNT", "help": "a configured account"},
+    "url": {"metavar": "URL", "nargs": "?", "help": "that address; otherwise it is read from"
+            " standard input, which keeps it from the list of processes"},
     "-c --config": {"metavar": "FILE", "help": "the configuration file"},
     "-d": {"dest": "foreground", "action": "store_true", "help": "stay in the foreground"},
     "-j": {"dest": "json", "action": "store_true", "help": "print JSON"},

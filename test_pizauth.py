@@ -180,6 +180,12 @@ class World:
         """Have the person visit the URL that `show` gives, and the provider approve."""
         return self.visit(f"/?state={self.state(name)}&code={code}")
 
+    def park(self, request):
+        """Send a control request that is answered later: a list that fills with its reply."""
+        replies = []
+        self.auth.control(request.encode(), lambda reply: replies.append(reply.decode()))
+        return replies
+
     def approve_at(self, target, name="x"):
         """Have the browser return to a target that has a query."""
         return self.visit(f"{target}&state={self.state(name)}&code=c0de")
@@ -213,6 +219,13 @@ class World:
         replies = []
         self.auth.control(b"restore:" + dump, replies.append)
         return replies[0].decode()
+
+    def sealed(self):
+        """A dump of this configuration in which account x has tokens; it has none before."""
+        token = pizauth.Active(access_token="at1", refresh_token="rt1", expires_at=4600,
+                               obtained_at=self.clock.now())
+        self.auth._replace("x", token, None)
+        return self.dump()
 
     def reload(self, text, port=8080):
         self.auth.reconfigure(config(text), {"http": port, "https": None})
@@ -440,7 +453,7 @@ FAULTS = {
         OK_HEAD + b"Content-Length: 9000\r\n\r\n", *[b" "] * 9000, pause=0.2)),
     "silent": (FAILS_LATE, lambda handler, form: handler.server.provider.closing.wait(60)),
     "slow": (SUCCEEDS, lambda handler, form: handler.slow(form, 0.5)),
-    "late": (SUCCEEDS, lambda handler, form: handler.slow(form, 3)),
+    "late": (SUCCEEDS, lambda handler, form: handler.slow(form, 1.5)),
     "silent-code": (SUCCEEDS, lambda handler, form: handler.slow(form, 60)),
     "gzip": (WRAPPED, lambda handler, form: handler.wrapped(form, "gzip", gzip.compress)),
     "x-gzip": (WRAPPED, lambda handler, form: handler.wrapped(form, "X-GZip", gzip.compress)),
@@ -622,7 +635,7 @@ class ConfigTest(unittest.TestCase):
             'token_uri = "https://t"; client_id = "c";client_secret = "s"; '
             'auth_uri_fields = {"k": "1", "k": "2"}; scopes = ["b", "a"]; login_hint = "h";'
             'redirect_uri = "http://localhost:99/p"; refresh_at_least = 5s; '
-            'refresh_before_expiry = 6s; refresh_retry = 7s; }'
+            'refresh_before_expiry = 6s; refresh_retry = 7s; device_auth_uri = "https://d"; }'
         )
         self.assertEqual(vars(got) | {"accounts": None}, {
             "accounts": None, "auth_notify_cmd": 'a "b" \\', "auth_notify_interval": 60,
@@ -635,7 +648,8 @@ class ConfigTest(unittest.TestCase):
             "name": 'wörk "1"', "auth_uri": "HTTP://A.example/x?y=z",
             "auth_uri_fields": (("k", "1"), ("k", "2")), "client_id": "c", "client_secret": "s",
             "redirect_uri": "http://localhost:99/p", "scopes": ("b", "a"), "token_uri": "https://t",
-            "login_hint": "h", "refresh_at_least": 5, "refresh_before_expiry": 6,
+            "device_auth_uri": "https://d", "login_hint": "h", "refresh_at_least": 5,
+            "refresh_before_expiry": 6,
             "refresh_retry": 7,
         })
 
@@ -2203,6 +2217,421 @@ class RedirectTest(unittest.TestCase):
         self.assertTrue(self.world.show("x").startswith("pending:"))
 
 
+# ---- Logins without a browser on this machine ----
+
+DEVICE = ('account "{}" {{ device_auth_uri = "https://d.example/device"; client_id = "cid";'
+          ' token_uri = "https://t.example/token"; {} }}\n')
+PENDING = "pending:https://d.example/enter and code ABCD-EFGH"
+CODE = {"device_code": "dc1", "user_code": "ABCD-EFGH", "expires_in": 1800,
+        "verification_uri": "https://d.example/enter"}
+
+
+class DeviceTest(unittest.TestCase):
+    """The device authorization grant (RFC 8628)."""
+
+    def world(self, extra="", options="", **code):
+        """A world whose account x has a code to enter."""
+        world = World(DEVICE.format("x", extra) + account("y") + options)
+        replies = world.park("showtoken:withurl x")
+        self.assertEqual(replies, [])
+        world.posts.pop().answer(**{**CODE, **code})
+        self.assertEqual(len(replies), 1)
+        world.told = replies[0]
+        return world
+
+    def poll(self, world, seconds=5.0):
+        """The poll that is made after so long, and not before."""
+        world.wait(seconds - 0.01)
+        self.assertEqual(world.posts, [])
+        world.wait(0.02)
+        return world.posts.pop()
+
+    def pending(self, world, error="authorization_pending", status=400, **how):
+        self.poll(world, **how).answer(status, error=error)
+
+    def test_the_whole_grant(self):
+        world = World(DEVICE.format("x", 'scopes = ["a", "b"]; client_secret = "hush";')
+                      + 'auth_notify_cmd = "n"; token_event_cmd = "t";')
+        replies = world.park("showtoken:withurl x")
+        (post,) = world.posts
+        self.assertEqual((post.uri, post.kind, post.form), ("https://d.example/device", "code", {
+            "client_id": "cid", "scope": "a b", "client_secret": "hush"}))
+        self.assertIn("x: Access token pending authentication", world.status())
+        world.wait(2)
+        self.assertEqual((replies, world.commands), ([], []))
+        world.posts.pop().answer(**CODE)
+        self.assertEqual(replies, [PENDING])
+        self.assertEqual(world.show(), PENDING)
+        self.assertEqual(world.ask("showtoken:withouturl x"), "pending:")
+        world.wait(0)
+        notify = world.commands.pop()
+        self.assertEqual(notify.variables, {
+            "PIZAUTH_ACCOUNT": "x", "PIZAUTH_URL": "https://d.example/enter",
+            "PIZAUTH_CODE": "ABCD-EFGH"})
+        date = world.clock.date(world.clock.now())
+        self.assertIn(f"pending authentication (last notification {date}); open"
+                      " https://d.example/enter and enter ABCD-EFGH", world.status())
+        poll = self.poll(world)
+        self.assertEqual((poll.uri, poll.form), ("https://t.example/token", {
+            "client_id": "cid", "device_code": "dc1", "client_secret": "hush",
+            "grant_type": "urn:ietf:params:oauth:grant-type:device_code"}))
+        poll.grant("at1")
+        self.assertEqual(world.show(), "access_token:at1")
+        self.assertEqual(world.commands.pop().variables["PIZAUTH_EVENT"], "token_new")
+        world.refresh()
+        self.assertEqual(world.posts.pop().form["grant_type"], "refresh_token")
+
+    def test_answers_of_every_honest_kind(self):
+        complete = "https://d.example/enter?user_code=ABCD-EFGH"
+        for code, url, interval in (
+            ({}, CODE["verification_uri"], 5),
+            ({"verification_uri_complete": complete}, complete, 5),
+            ({"verification_uri_complete": None, "interval": "7"}, CODE["verification_uri"], 7),
+            ({"verification_uri": None, "verification_url": "https://www.g.example/device"},
+             "https://www.g.example/device", 5),
+            ({"interval": 0}, CODE["verification_uri"], 5),
+            ({"interval": 0.1}, CODE["verification_uri"], 1),
+            ({"interval": None, "expires_in": None}, CODE["verification_uri"], 5),
+            ({"interval": 30}, CODE["verification_uri"], 30),
+        ):
+            with self.subTest(code=code):
+                world = self.world(**code)
+                self.assertEqual(world.told, f"pending:{url} and code ABCD-EFGH")
+                self.pending(world, seconds=interval)
+                self.poll(world, interval).grant("at1")
+                self.assertEqual(world.show(), "access_token:at1")
+
+    def test_answers_without_a_code_or_an_address_end_the_login(self):
+        for code, reason in (
+            ({"device_code": None}, "it has no device_code: is device_auth_uri right?"),
+            ({"device_code": ""}, "it has no device_code: is device_auth_uri right?"),
+            ({"user_code": None}, "it has no user_code that can be typed"),
+            ({"user_code": "\x1b"}, "it has no user_code that can be typed"),
+            ({"user_code": "x" * 101}, "it has no user_code that can be typed"),
+            ({"verification_uri": None}, "it has no verification_uri that can be opened"),
+            ({"verification_uri": "javascript:x"}, "it has no verification_uri that can be opened"),
+            ({"verification_uri": "https://a b"}, "it has no verification_uri that can be opened"),
+        ):
+            with self.subTest(code=code):
+                world = World(DEVICE.format("x", "") + 'error_notify_cmd = "e";')
+                replies = world.park("showtoken:withurl x")
+                world.posts.pop().answer(**{**CODE, **code})
+                message = f"Authentication for x failed: HTTP 200, but {reason}"
+                self.assertEqual(replies, [f"error:{message}"])
+                self.assertEqual(world.commands.pop().variables["PIZAUTH_MSG"], message)
+                self.assertIn("x: No access token; last error at", world.status())
+
+    def test_a_refusal_of_the_request_ends_the_login(self):
+        for answer, reason in (
+            (lambda post: post.answer(400, error="invalid_client"), "HTTP 400: invalid_client"),
+            (lambda post: post.answer(404, b""), "HTTP 404, but no OAuth answer: is token_uri"),
+            (lambda post: post.answer(200, b"<html>"), "HTTP 200, but no OAuth answer"),
+        ):
+            world = World(DEVICE.format("x", ""))
+            replies = world.park("refresh:withurl x")
+            answer(world.posts.pop())
+            self.assertIn(f"error:Authentication for x failed: {reason}", replies[0])
+            self.assertIn("x: No access token", world.status())
+
+    def test_an_outage_is_waited_for_ten_times_and_the_client_nine_seconds(self):
+        world = World(DEVICE.format("x", ""))
+        replies = world.park("showtoken:withurl x")
+        world.posts.pop().fail()
+        world.wait(6)
+        self.assertEqual(replies, [])
+        world.posts.pop().answer(503, b"")
+        world.wait(2.9)
+        self.assertEqual(replies, [])
+        world.wait(0.2)
+        self.assertTrue(replies[0].startswith("error:The provider has not given a code"), replies)
+        later = world.park("showtoken:withouturl x")
+        for _ in range(7):
+            world.wait(6)
+            world.posts.pop().fail()
+        world.wait(6)
+        self.assertEqual(later, [replies[0]])
+        last = world.park("showtoken:withurl x")
+        world.posts.pop().fail("connection refused")
+        self.assertEqual(last, ["error:Authentication for x failed: connection refused"])
+        self.assertIn("x: No access token; last error", world.status())
+        again = world.park("showtoken:withurl x")
+        world.posts.pop().answer(**CODE)
+        self.assertEqual(again, [PENDING])
+        self.assertNotIn("last error", world.status())
+
+    def test_slow_down_adds_five_seconds_for_good(self):
+        world = self.world()
+        self.pending(world)
+        self.pending(world, "slow_down")
+        self.pending(world, seconds=10)
+        self.pending(world, "slow_down", seconds=10)
+        self.pending(world, "slow_down", status=429, seconds=15)
+        for _ in range(3):
+            self.pending(world, seconds=20)
+        self.poll(world, 20).grant("at1")
+        self.assertEqual(world.show(), "access_token:at1")
+        self.assertNotIn("last error", world.status())
+
+    def test_a_connection_failure_doubles_the_gap_until_the_provider_answers(self):
+        world = self.world()
+        for gap in (5, 10, 20, 40, 60, 60):
+            self.poll(world, gap).fail()
+            self.assertIn("will be tried again", world.status())
+        self.pending(world, seconds=60)
+        self.assertNotIn("last error", world.status())
+        self.poll(world, 5).answer(200, b"<html>portal</html>")
+        self.poll(world, 10).answer(503, b"", retry_after=100)
+        self.pending(world, seconds=100)
+        self.pending(world, seconds=5)
+
+    def test_the_login_survives_an_hour_without_the_provider_as_long_as_the_code_lives(self):
+        world = self.world(expires_in=7200)
+        end = world.clock.now() + 3600
+        while world.clock.now() < end:
+            world.wait(1)
+            for post in world.posts:
+                post.fail()
+            world.posts.clear()
+        world.wait(60)
+        self.assertEqual(world.show(), PENDING)
+        world.posts.pop().grant("at1")
+        self.assertEqual(world.show(), "access_token:at1")
+
+    def test_however_long_the_gap_there_is_a_poll_just_before_the_code_expires(self):
+        world = self.world(expires_in=100)
+        for gap in (5, 10, 20, 40):
+            self.poll(world, gap).fail()
+        world.wait(24)  # instead of 60
+        world.posts.pop().grant("at1")
+        self.assertEqual(world.show(), "access_token:at1")
+
+    def test_each_final_word_ends_the_login_and_is_told(self):
+        for word in ("expired_token", "access_denied", "authorization_declined",
+                     "bad_verification_code", "invalid_grant", "invalid_client", "odd_word"):
+            for status in (400, 401, 403):
+                with self.subTest(word=word, status=status):
+                    world = self.world(options='error_notify_cmd = "e";')
+                    self.poll(world).answer(status, error=word, error_description="Why.")
+                    message = f"Authentication for x failed: HTTP {status}: {word}: Why."
+                    self.assertEqual(world.commands.pop().variables["PIZAUTH_MSG"], message)
+                    self.assertIn("x: No access token; last error at", world.status())
+                    world.wait(100)
+                    self.assertEqual(world.posts, [])
+
+    def test_when_the_code_has_expired_the_next_show_gets_a_fresh_one(self):
+        for life in (12, 14.9):
+            world = self.world(expires_in=life)
+            self.pending(world)
+            self.pending(world)
+            world.wait(5)
+            self.assertEqual(world.posts, [])
+            self.assertIn("failed: the code ABCD-EFGH has expired before it was", world.status())
+            replies = world.park("showtoken:withurl x")
+            world.posts.pop().answer(**{**CODE, "user_code": "NEW"})
+            self.assertEqual(replies, ["pending:https://d.example/enter and code NEW"])
+
+    def test_a_poll_on_its_way_when_the_code_expires_still_counts(self):
+        world = self.world(expires_in=6)
+        poll = self.poll(world)
+        world.wait(20)
+        poll.grant("at1")
+        self.assertEqual(world.show(), "access_token:at1")
+
+    def test_reminders_come_with_the_code_and_refresh_asks_for_a_fresh_one(self):
+        world = self.world(options='auth_notify_cmd = "n"; auth_notify_interval = 10s;',
+                           interval=100)
+        for seconds in (0, 10, 10):
+            world.wait(seconds)
+            command = world.commands.pop()
+            self.assertEqual(command.variables["PIZAUTH_CODE"], "ABCD-EFGH")
+            command.end()
+        replies = world.park("refresh:withurl x")
+        self.assertEqual(world.posts[-1].uri, "https://d.example/device")
+        world.posts.pop().answer(**{**CODE, "user_code": "NEW"})
+        self.assertEqual(replies, ["pending:https://d.example/enter and code NEW"])
+
+    def test_reload_revoke_restore_and_shutdown_while_the_code_is_asked_for(self):
+        other = DEVICE.format("x", "").replace("d.example", "e.example")
+        sealed = World(DEVICE.format("x", "")).sealed()
+        for act, told in (
+            (lambda world: world.ask("revoke:x"), "error:This authorization request is void"),
+            (lambda world: world.reload(other), "error:This authorization request is void"),
+            (lambda world: world.reload(account("y")), "error:This authorization request is void"),
+            (lambda world: world.restore(sealed), "error:Account x is authorised"),
+            (lambda world: world.auth.answer_waiting(), "error:pizauth was stopped"),
+        ):
+            world = World(DEVICE.format("x", "") + account("y"))
+            replies, (post,) = world.park("showtoken:withurl x"), world.posts
+            act(world)
+            self.assertEqual(len(replies), 1)
+            self.assertTrue(replies[0].startswith(told), replies)
+            if "stopped" not in told:
+                self.assertTrue(post.cancelled)
+                before = world.status()
+                post.answer(**CODE)
+                self.assertEqual(world.status(), before)
+
+    def test_reload_revoke_and_restore_while_it_is_polled(self):
+        same, sealed = DEVICE.format("x", "refresh_retry = 1s;"), World(
+            DEVICE.format("x", "")).sealed()
+        for act, kept in (
+            (lambda world: world.reload(same + account("y")), True),
+            (lambda world: world.reload(same.replace("d.example", "e.example")), False),
+            (lambda world: world.reload(account("x")), False),
+            (lambda world: world.ask("revoke:x"), False),
+            (lambda world: world.restore(sealed), False),
+            (lambda world: world.restore(World.authorised().dump()), True),  # of another kind
+        ):
+            world = self.world()
+            poll = self.poll(world)
+            act(world)
+            self.assertEqual(poll.cancelled, not kept)
+            poll.grant("late")
+            self.assertEqual(world.show() == "access_token:late", kept) if kept else None
+            self.assertNotIn("access_token:late" if not kept else "pending:", world.show() or "")
+
+    def test_a_poll_in_flight_at_the_end_is_waited_for_and_none_is_begun(self):
+        world = self.world()
+        poll = self.poll(world)
+        world.ask("shutdown:")
+        poll.answer(400, error="authorization_pending")
+        world.wait(100)
+        self.assertEqual((world.posts, world.auth.deadline()), ([], pizauth.FOR_EVER))
+
+    def test_a_dump_made_with_it_restores_only_where_it_is_equal(self):
+        device, redirect = DEVICE.format("x", ""), account("x")
+        both = DEVICE.format("x", 'auth_uri = "http://a.example";')
+        sealed = {text: World(text).sealed() for text in (device, redirect, both)}
+        for made, dump in sealed.items():
+            for text in (device, redirect, both, device.replace("d.example", "e.example")):
+                world = World(text)
+                self.assertEqual(world.restore(dump), "ok:")
+                self.assertEqual(world.show() == "access_token:at1" if made == text else False,
+                                 made == text)
+
+    def test_an_account_may_have_both_addresses_or_needs_one_of_them(self):
+        both = config(DEVICE.format("x", 'auth_uri = "http://a.example";')).accounts["x"]
+        self.assertEqual((both.auth_uri, both.redirect_scheme), ("http://a.example", ""))
+        world = World(DEVICE.format("x", 'auth_uri = "http://a.example";'))
+        world.park("showtoken:withurl x")
+        self.assertEqual(world.posts[0].uri, "https://d.example/device")  # the device is used
+        with self.assertRaisesRegex(pizauth.ConfigError, "auth_uri not specified"):
+            config('account "x" { client_id = "c"; token_uri = "https://t"; }')
+        with self.assertRaisesRegex(pizauth.ConfigError, "token_uri not specified"):
+            config('account "x" { client_id = "c"; device_auth_uri = "https://t"; }')
+        with self.assertRaisesRegex(pizauth.ConfigError, "Invalid URI"):
+            config(DEVICE.format("x", "").replace("https://d.example", "d.example"))
+
+    def test_an_account_without_a_redirect_needs_no_listener(self):
+        none = "http_listen = none; https_listen = none;"
+        self.assertTrue(config(none + DEVICE.format("x", "")).accounts)
+        self.assertEqual(config(DEVICE.format("x", 'redirect_uri = "https://localhost/";'))
+                         .addresses("https"), ())
+        with self.assertRaisesRegex(pizauth.ConfigError, "Cannot set both"):
+            config(none + DEVICE.format("x", "") + account("y"))
+
+
+class CompleteTest(unittest.TestCase):
+    """The address of a browser that could not reach the listener, pasted."""
+
+    def setUp(self):
+        self.world = World(account("x", 'redirect_uri = "http://localhost/cb?a=b";'))
+        self.query = f"a=b&state={self.world.state()}&code=c0de%2F1"
+        self.url = f"http://localhost:8080/cb?{self.query}"
+
+    def accepted(self):
+        url, query = self.url, self.query
+        half = len(url) // 2
+        return [
+            url, f" {url}\n", f"'{url}'", f'"{url}"', f"<{url}>", f"`{url}`", f"“{url}”",
+            f"‘{url}’", f"« {url} »", f"\t{url}\r\n", url.replace("&", "&amp;"),
+            url[:half] + "\n" + url[half:], url[:half] + "\r\n   " + url[half:],
+            "\n".join(url[at : at + 20] for at in range(0, len(url), 20)),
+            url.replace("http://", "HTTP://"), url.replace("localhost", "LOCALHOST"),
+            url.replace("http://", ""), url + "#", url + "#_=_", f"?{query}", query, f"/cb?{query}",
+            f"{query}#", f'"?{query}"', url + "&session_state=x&iss=https%3A%2F%2Fp.example",
+            url.replace(f"?{query}", "?" + "&".join(reversed(query.split("&")))),
+        ]
+
+    def test_every_form_of_the_same_redirect_is_taken(self):
+        self.assertGreaterEqual(len(self.accepted()), 20)
+        for number in range(len(self.accepted())):
+            self.setUp()
+            text = self.accepted()[number]
+            with self.subTest(text=text):
+                replies = self.world.park(f"complete:{text}")
+                self.assertEqual(replies, [])
+                (post,) = self.world.posts
+                self.assertEqual(post.form["code"], "c0de/1")
+                post.grant("at1")
+                self.assertEqual(replies, ["ok:Account x is authorised"])
+                self.assertEqual(self.world.show(), "access_token:at1")
+
+    def test_every_other_text_is_refused_by_a_sentence_and_changes_nothing(self):
+        url, query, state = self.url, self.query, self.world.state()
+        request = self.world.show().partition(":")[2]
+        refused = [
+            "", " \n", "hello", "https://", "http://localhost:8080/cb", "?",
+            "ftp://localhost:8080/cb?" + query, request, query[:30], "x" * 60_000, "\0" + url[1:],
+            "?error=access_denied", "user:pw@" + url, url + "&x=y" * 200, url + "&code=other",
+            url + f"&state={state}",
+            *(url.replace(*change) for change in (
+                ("http:", "https:"), ("8080", "8081"), (":8080", ""), ("localhost", "127.0.0.1"),
+                ("/cb", "/"), ("/cb", "/cb/"), ("a=b&", ""), (state, "forged"), ("state", "s"),
+                (f"state={state}", ""), ("code=c0de%2F1", ""), ("c0de%2F1", ""), (query, "")))]
+        self.assertGreaterEqual(len(refused), 20)
+        before = self.world.status()
+        for text in refused:
+            with self.subTest(text=text[:200]):
+                (reply,) = self.world.park(f"complete:{text}")
+                self.assertRegex(reply, "^error:[A-Z].{20,}")
+                self.assertEqual((self.world.status(), self.world.posts), (before, []))
+        self.assertEqual(len(self.world.park(f"complete:{url}")), 0)
+
+    def test_an_error_in_it_ends_the_login_as_at_the_listener(self):
+        text = self.url.replace("code=c0de%2F1", "error=access_denied&error_description=No+%27t")
+        (reply,) = self.world.park(f"complete:{text}")
+        self.assertEqual(reply, "error:Authentication for x failed: access_denied: No 't. To try"
+                                " again, run 'pizauth show x' and open the URL that it prints.")
+        self.assertIn("x: No access token", self.world.status())
+
+    def test_it_waits_for_a_slow_provider(self):
+        replies = self.world.park(f"complete:{self.url}")
+        for _ in range(9):
+            self.world.posts.pop().fail()
+            self.world.wait(6)
+        self.assertEqual(replies, [])
+        self.world.wait(20)
+        self.world.posts.pop().grant("at1")
+        self.assertEqual(replies, ["ok:Account x is authorised"])
+
+    def test_it_does_not_wait_for_ever_and_tells_how_the_login_failed(self):
+        replies = self.world.park(f"complete:{self.url}")
+        self.world.wait(75)
+        self.assertEqual(replies, ["error:pizauth processing authentication. 'pizauth status' tells"
+                                   " how it ends."])
+        replies = self.world.park(f"complete:{self.url}")  # the code is posted once only
+        self.world.posts.pop().answer(400, error="invalid_grant")
+        self.assertIn("error:Authentication for x failed: HTTP 400: invalid_grant. To", replies[0])
+        self.assertEqual(self.world.posts, [])
+
+    def test_a_redirect_that_came_already_is_told_so(self):
+        self.world.park(f"complete:{self.url}")
+        self.world.posts.pop().grant("at1")
+        self.assertEqual(self.world.park(f"complete:{self.query}"),
+                         ["ok:Account x is authorised already"])
+
+    def test_every_truncation_and_mutation_is_a_redirect_or_an_error(self):
+        text = "<http://localhost:8080/cb?a=b&amp;state=s&code=c#x>"
+        for at in range(len(text)):
+            for changed in (text[:at], text[at:], text[:at] + text[at + 1 :],
+                            *(text[:at] + c + text[at:] for c in '?#/&="\n\0é')):
+                with contextlib.suppress(pizauth.RequestError):
+                    scheme, _, target = pizauth.pasted_redirect(changed)
+                    self.assertIn(scheme, ("", "http", "https"))
+                    self.assertTrue(target.startswith("/"))
+
+
 # ---- The control protocol ----
 
 
@@ -2742,6 +3171,7 @@ class DumpTest(unittest.TestCase):
             ("client_id", '"d"', False), ("client_secret", '""', False),
             ("client_secret", "", False), ("scopes", '["a", "b"]', False),
             ("auth_uri_fields", '{"k": "w"}', False), ("redirect_uri", '"http://localhost"', False),
+            ("device_auth_uri", '"http://d"', False),
             ("login_hint", '"me"', True), ("refresh_retry", "6s", True),
             ("refresh_at_least", "1m", True), ("refresh_before_expiry", "1s", True),
         )
@@ -3098,7 +3528,8 @@ class Model:
 
 
 class History:
-    """One random history: its steps are triples of numbers, any of which can be left out."""
+    """One random history: its steps are triples of numbers, any of which can be left out. Account x
+    is authorised by a redirect, y by a device code."""
 
     OPTIONS = ('token_event_cmd = "t"; auth_notify_cmd = "a"; transient_error_if_cmd = "i";'
                ' error_notify_cmd = "e"; refresh_retry = 7s;')
@@ -3110,11 +3541,13 @@ class History:
         self.started = {"x": -9, "y": -9}  # when its last refresh was sent
         self.notified = {"x": -9, "y": -9}  # when its person was last notified
         self.dead, self.states, self.dumps = [], [], []
+        self.device = None  # what is known of y's login while it is pending
+        self.parked = []  # clients that wait for a device code: since when, and their replies
 
     def text(self):
-        accounts = [account(n, f'client_secret = "{n}{i}";')
-                    for n, i in self.model.identity.items()]
-        return "".join(accounts).replace("http://t.", "https://t.") + self.OPTIONS
+        x, y = (f'client_secret = "{n}{i}";' for n, i in self.model.identity.items())
+        redirect = account("x", x).replace("http://t.", "https://t.")
+        return redirect + DEVICE.format("y", y) + self.OPTIONS
 
     def run(self, steps):
         """Take each step and check every invariant after it. Raises AssertionError."""
@@ -3129,34 +3562,58 @@ class History:
 
     # What may happen. `name` is the account, `b` chooses among the ways.
 
+    def ask_for_login(self, name, verb):
+        """Have a client ask for an account's URL: its reply, unless it waits for a device code."""
+        replies = self.world.park(f"{verb}:withurl {name}")
+        if replies:
+            return replies[0]
+        assert name == "y" and not self.device, "a client waits for nothing"
+        self.parked.append((self.now(), replies))
+        return None
+
+    def begun(self, name, reply):
+        """A login of the account has begun, or goes on; `reply` is what the client was told."""
+        self.model.accounts[name] = "pending"
+        if name == "x":
+            assert reply.startswith("pending:http"), reply
+            self.states.append((name, query_of(reply.partition(":")[2])["state"]))
+        else:
+            assert reply == (self.device and f"pending:https://v/e and code {self.device['code']}")
+
     def show(self, name, b):
-        token, reply = self.expired(name), self.world.show(name)
+        token = self.expired(name)
+        if not isinstance(token, dict) and not self.exchanging(name):
+            return self.begun(name, self.ask_for_login(name, "showtoken"))
+        reply = self.world.show(name)
         if isinstance(token, dict) and self.now() < token["expires"]:
             assert reply == f"access_token:{token['token']}", (reply, token)
         elif isinstance(token, dict):
             assert reply.startswith("error:Access token has expired. Refreshing"), reply
             token["wanted"] = True
             token["must"] = token.get("must") or reply.endswith("initiated")
-        elif token == "pending" and self.world.auth._tokens[name].form is not None:
-            assert reply.startswith("error:The login is being completed"), reply
         else:
-            self.model.accounts[name] = "pending"
-            assert reply.startswith("pending:http"), reply
-            self.states.append((name, query_of(reply.partition(":")[2])["state"]))
+            assert reply.startswith("error:The login is being completed"), reply
+
+    def exchanging(self, name):
+        """Whether a redirect has brought a code."""
+        login = self.world.auth._tokens[name]
+        return isinstance(login, pizauth.RedirectLogin) and login.form is not None
 
     def refresh(self, name, b):
-        token, reply = self.expired(name), self.world.refresh(name)
-        if isinstance(token, dict) and token["refresh"]:
+        token = self.expired(name)
+        if not isinstance(token, dict):
+            self.device = None if name == "y" else self.device
+            reply = self.ask_for_login(name, "refresh")
+            self.bury(name)
+            self.begun(name, reply)
+            return
+        reply = self.world.refresh(name)
+        if token["refresh"]:
             assert reply == "scheduled:", reply
             token["wanted"] = True
             token["must"] = token.get("must") or self.live[name] is None
-        elif isinstance(token, dict):
-            assert "has no refresh token" in reply, reply
         else:
-            self.bury(name)
-            self.model.accounts[name] = "pending"
-            assert reply.startswith("pending:http"), reply
-            self.states.append((name, query_of(reply.partition(":")[2])["state"]))
+            assert "has no refresh token" in reply, reply
 
     def revoke(self, name, b):
         assert self.world.ask(f"revoke:{name}") == "ok:"
@@ -3170,13 +3627,16 @@ class History:
         more = ("&code=c", "&code=d", "&code=e", "&error=access_denied", "")[b // 5 % 5]
         owner = {state: owner for owner, state in self.states}.get(state, name)
         pending = self.current_state(owner) == state and self.model.accounts[owner] == "pending"
-        exchanging = pending and self.world.auth._tokens[owner].form is not None
+        exchanging = pending and self.exchanging(owner)
         token = self.model.accounts[owner]
-        pages = self.world.visit(f"/?state={state}{more}")
+        if b // 25 % 2:
+            told = self.world.park(f"complete:state={state}{more}")
+        else:
+            told = [text_of(page)[1] for page in self.world.visit(f"/?state={state}{more}")]
         if isinstance(token, dict) and state == token["state"]:
-            assert "is authorised already" in text_of(pages[0])[1], pages
+            assert "is authorised already" in told[0], told
         elif not pending:
-            assert "No pending token" in text_of(pages[0])[1], pages
+            assert "No pending token" in told[0], told
         if pending and not exchanging and more.startswith("&error"):
             self.model.change(owner, None)
 
@@ -3185,13 +3645,20 @@ class History:
         post, self.live[name] = self.live[name], None
         if post is None:
             return
-        code = post.form["grant_type"] == "authorization_code"
+        grant_type = post.form.get("grant_type")
+        if grant_type is None:
+            self.give_code(post, b)
+            return
+        if "device" in grant_type and b % 4:
+            self.poll(post, b // 4)
+            return
+        code = grant_type != "refresh_token"
         before = self.model.accounts[name]
         self.counter += 1
         token = f"at{self.counter}"
         fresh = (f"rt{self.counter}", None, f"rt{self.counter}", "")[b // 17 % 4]
         life = (3600, 5, 0.5, None, 86400)[b // 68 % 5]
-        tried = self.world.auth._tokens[name].tries if code else 0
+        tried = self.world.auth._tokens[name].tries if name == "x" and code else 0
         ways = (*[lambda: post.grant(token, fresh, life)] * 8,
                 lambda: post.answer(503, b""), lambda: post.answer(429, b"", retry_after=90),
                 post.fail, lambda: post.answer(200, b"<html>"), lambda: post.answer(404, b""),
@@ -3200,13 +3667,16 @@ class History:
                 lambda: post.answer(200, access_token="a b"),
                 lambda: post.answer(401, error_code="session_not_found"))
         way = b % 17
+        if "device" in grant_type:
+            way, self.device = 0, None
         ways[way]()
         if way < 8:
             refresh = fresh or (None if code else before["refresh"])
             expires = self.now() + (life or 5400)
             state = {"token": token, "refresh": refresh, "expires": expires,
                      "obtained": self.now(), "refusals": 0, "complaint": False, "told": False,
-                     "state": self.current_state(name) if code else before["state"]}
+                     "state": before["state"] if not code else
+                     self.current_state(name) if name == "x" else ""}
             self.model.change(name, self.scheduled(state),
                               "token_new" if code else "token_refreshed")
         elif code and (way > 10 or tried >= 10):
@@ -3218,6 +3688,43 @@ class History:
             else:
                 before.update(due=self.now() + (90 if way == 9 else 7),
                               complaint=way in (12, 15, 16))
+
+    def give_code(self, post, b):
+        """The provider answers the request for a device code."""
+        tried, way = self.world.auth._tokens["y"].tries, b % 8
+        if way < 5:
+            self.counter += 1
+            life, interval = (20, 60, 1800)[b // 8 % 3], (None, 1, 7)[b // 24 % 3]
+            post.answer(device_code="dc", user_code=f"C{self.counter}", interval=interval,
+                        expires_in=life, verification_uri="https://v/e")
+            interval = interval or 5
+            self.device = {"code": f"C{self.counter}", "expires": self.now() + life,
+                           "interval": interval, "gap": interval, "due": self.now() + interval}
+        elif way == 5:
+            post.answer(400, error="invalid_client")
+        else:
+            post.fail()
+        if way == 5 or way > 5 and tried >= 10:
+            self.model.change("y", None)
+
+    def poll(self, post, b):
+        """The provider answers a poll, without tokens."""
+        device, way = self.device, b % 8
+        if way == 0:
+            post.answer(400, error=("expired_token", "access_denied", "odd")[b // 8 % 3])
+            self.model.change("y", None)
+            self.device = None
+            return
+        if way < 5:
+            device["interval"] += 5 * (way == 4)
+            device["gap"] = device["interval"]
+            post.answer(400, error="slow_down" if way == 4 else "authorization_pending")
+        else:
+            device["gap"] = max(device["interval"], min(2 * device["gap"], 60))
+            ways = post.fail, lambda: post.answer(503, b""), lambda: post.answer(200, b"<html>")
+            ways[way - 5]()
+        last = device["expires"] - 1 - self.now()
+        device["due"] = self.now() + max(device["interval"], min(device["gap"], last))
 
     def late(self, name, b):
         """An outcome of a request that nobody waits for any more."""
@@ -3318,6 +3825,8 @@ class History:
 
     def bury(self, name):
         """What was in flight for the account is of no interest any more."""
+        if name == "y":
+            self.device = None
         for command in self.world.commands:
             if command.command == "i" and command.variables["PIZAUTH_ACCOUNT"] == name:
                 assert command.cancelled
@@ -3337,13 +3846,20 @@ class History:
         """What the loop would do now: run what is due, and take up what was asked of it."""
         for name in self.model.accounts:
             self.expired(name)
+        device = self.device
+        if device and not self.live["y"] and self.now() >= max(device["due"], device["expires"]):
+            self.model.change("y", None)
+            self.device = None
         self.world.auth.run_due()
         self.hear()
         for post in self.world.posts:
             owner = post.form["client_secret"][0]
             assert self.live[owner] is None, "two requests in flight for one account"
             assert post.form["client_secret"] == f"{owner}{self.model.identity[owner]}"
-            if post.form["grant_type"] == "refresh_token":
+            if "device_code" in post.form:
+                assert self.now() >= self.device["due"], "polled too soon"
+                assert self.now() < self.device["expires"], "polled in vain"
+            if post.form.get("grant_type") == "refresh_token":
                 token = self.model.accounts[owner]
                 assert self.now() >= self.started[owner] + 1, "refreshes come as a storm"
                 assert post.form["refresh_token"] == token["refresh"], "an old refresh token"
@@ -3367,7 +3883,20 @@ class History:
                 assert self.now() >= token["expires"], "told too soon"
                 token["told"] = True
 
+    def check_device(self):
+        """No poll is overdue, and clients wait for a code as long as it is asked for."""
+        pending = self.model.accounts["y"] == "pending"
+        self.device = self.device if pending else None
+        if self.device:
+            assert self.live["y"] or self.now() < self.device["due"], "a poll is overdue"
+        for since, replies in self.parked:
+            assert len(replies) <= 1, "a client was told twice"
+            if not replies:
+                assert pending and not self.device and self.now() < since + 9, "a client hangs"
+        self.parked = [(since, replies) for since, replies in self.parked if not replies]
+
     def check(self):
+        self.check_device()
         world, model, now = self.world, self.model, self.now()
         world.auth.run_due()
         deadline = world.auth.deadline()
@@ -5309,7 +5838,7 @@ class CommandLineTest(unittest.TestCase):
                     [sys.executable, "-c", script], stdin=source, cwd=HERE, text=True,
                     capture_output=True, timeout=20, env=self.daemon.environment)
                 self.fails(types.SimpleNamespace(**{**vars(done), "stdout": ""}),
-                           "Standard input is no dump: it is longer than 16 MiB")
+                           "Standard input is longer than 16384 KiB")
                 self.assertLess(int(done.stdout), 48 << 20)
 
     def test_a_configuration_may_come_from_a_descriptor(self):
@@ -5736,12 +6265,12 @@ class EndToEndTest(unittest.TestCase):
             self.assertEqual(daemon.process.wait(3), 0)
 
     def test_no_fault_of_a_provider_costs_a_login_or_reveals_a_secret(self):
-        """All at once, so that those which end at the limit, here 5 s, take it once."""
+        """All at once, so that those which end at the limit, here 3 s, take it once."""
         bad = faults(FAILS, FAILS_LATE)
         names = sorted({*bad, "late"})
         accounts = {fault: self.provider.account(fault, fault=fault) for fault in names}
         daemon = self.start("".join(accounts.values()) + "refresh_retry = 1s;", "-vvvv",
-                            prelude="pizauth.TOKEN_REQUEST_LIMIT = 5")
+                            prelude="pizauth.TOKEN_REQUEST_LIMIT = 3")
         tokens = {}
         for fault in accounts:
             daemon.visit(fault)
@@ -5942,6 +6471,57 @@ class EndToEndTest(unittest.TestCase):
         daemon.process.send_signal(signal.SIGCONT)
         told = [client.communicate(timeout=20)[0].decode().strip() for client in clients]
         self.assertEqual(told, [token] * 40)
+
+    def redirected(self, daemon):
+        """The address at which a browser ends that cannot reach the server."""
+        query = query_of(daemon.url())
+        return self.provider.authorize(query)
+
+    def test_complete_by_argument_pipe_and_terminal(self):
+        self.provider.expires_in = 3600
+        daemon = self.start(self.provider.account(fault="slow"))
+        told = (0, "Account work is authorised\n", "")
+        done = daemon.run("complete", self.redirected(daemon))
+        self.assertEqual((done.returncode, done.stdout, done.stderr), told)
+        self.assertRegex(daemon.show(), "^at-")
+        daemon.run("revoke", "work")
+        done = subprocess.run([*CACHED, "complete"], input=f"<{self.redirected(daemon)}>\n",
+                              env=daemon.environment, capture_output=True, text=True, timeout=30)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), told)
+        daemon.run("revoke", "work")
+        done = daemon.run("complete", self.redirected(daemon).replace("code=", "code=x"))
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, "^ERROR - Authentication for work failed: HTTP 400: invalid_")
+        done = subprocess.run([*CACHED, "complete"], stdin=subprocess.DEVNULL, text=True,
+                              env=daemon.environment, capture_output=True, timeout=30)
+        self.assertRegex(done.stderr, "^ERROR - This is not the address of a redirect: paste all")
+
+    def test_complete_takes_a_long_address_and_a_wrapped_one_from_a_terminal(self):
+        daemon = self.start(self.provider.account())
+        long = "&filler=" + "x" * 6000
+        for number, wrap in enumerate((lambda url: url + long,
+                                       lambda url: "\n".join(re.findall(".{1,40}", url)))):
+            with self.subTest(number=number):
+                daemon.run("revoke", "work")
+                master, terminal = os.openpty()
+                client = subprocess.Popen([*CACHED, "complete"], env=daemon.environment,
+                                          stdin=terminal, stdout=terminal, stderr=terminal,
+                                          start_new_session=True)
+                os.close(terminal)
+                shown = b""
+                while b"after the login: " not in shown:
+                    shown += os.read(master, 4096)
+                text = wrap(self.redirected(daemon)).encode() + b"\n"
+                while text:  # a terminal takes a few at a time, and echoes them
+                    text = text[os.write(master, text[:500]) :]
+                    shown += os.read(master, 99_999)
+                with contextlib.suppress(OSError):  # how a terminal ends
+                    while piece := os.read(master, 99_999):
+                        shown += piece
+                self.assertEqual(client.wait(20), 0, shown[-500:])
+                self.assertIn(b"Account work is authorised", shown)
+                os.close(master)
+                self.assertRegex(daemon.show(), "^at-")
 
     def test_six_servers_at_once_leave_one(self):
         daemon = Daemon(self.provider.account())
@@ -6614,6 +7194,8 @@ def authlib_provider(expires_in):
     from authlib.integrations.flask_oauth2 import AuthorizationServer
     from authlib.oauth2.rfc6749 import InvalidRequestError, grants
     from authlib.oauth2.rfc7636 import CodeChallenge
+    from authlib.oauth2.rfc8628 import (
+        DeviceAuthorizationEndpoint, DeviceCodeGrant, DeviceCredentialDict)
 
     codes, issued, requests = {}, [], []
     client = types.SimpleNamespace(
@@ -6622,6 +7204,7 @@ def authlib_provider(expires_in):
         check_grant_type=lambda name: True,
         check_redirect_uri=lambda uri: urllib.parse.urlsplit(uri).hostname == "localhost",
         check_response_type=lambda name: name == "code",
+        get_client_id=lambda: AUTHLIB_CLIENT["client_id"],
         get_allowed_scope=lambda scope: scope,
     )
 
@@ -6675,8 +7258,40 @@ def authlib_provider(expires_in):
         def log_message(self, *_):
             pass
 
+    devices, verdicts, polls = {}, {}, []
+
+    class DeviceEndpoint(DeviceAuthorizationEndpoint):
+        CLIENT_AUTH_METHODS = ["client_secret_post"]
+        INTERVAL = 1
+
+        def create_endpoint_response(self, request):
+            self.EXPIRES_IN = provider.code_life
+            return super().create_endpoint_response(request)
+
+        def get_verification_uri(self):
+            return f"http://127.0.0.1:{server.server_port}/device"
+
+        def save_device_credential(self, client_id, scope, data):
+            expires_at = time.time() + data["expires_in"]
+            devices[data["device_code"]] = DeviceCredentialDict(
+                **data, client_id=client_id, scope=scope, expires_at=expires_at)
+
+    class DeviceGrant(DeviceCodeGrant):
+        TOKEN_ENDPOINT_AUTH_METHODS = ["client_secret_post"]
+
+        def query_device_credential(self, device_code):
+            return devices.get(device_code)
+
+        def query_user_grant(self, user_code):
+            return verdicts.get(user_code)
+
+        def should_slow_down(self, credential):
+            polls.append(time.monotonic())
+            return len(polls) == 1
+
     app = flask.Flask("provider")
-    lives = {"authorization_code": expires_in, "refresh_token": expires_in}
+    lives = dict.fromkeys(
+        ("authorization_code", "refresh_token", DeviceGrant.GRANT_TYPE), expires_in)
     app.config.update(OAUTH2_REFRESH_TOKEN_GENERATOR=True, OAUTH2_TOKEN_EXPIRES_IN=lives)
     provider = AuthorizationServer(
         app,
@@ -6685,6 +7300,19 @@ def authlib_provider(expires_in):
     )
     provider.register_grant(CodeGrant, [RequiredS256()])
     provider.register_grant(RefreshGrant)
+    provider.register_grant(DeviceGrant)
+    provider.register_endpoint(DeviceEndpoint)
+    provider.code_life = 60
+
+    @app.route("/device_authorization", methods=["POST"])
+    def device_authorization():
+        return provider.create_endpoint_response(DeviceEndpoint.ENDPOINT_NAME)
+
+    @app.route("/device")
+    def device():
+        verdicts[flask.request.args["user_code"]] = (
+            "the user", flask.request.args.get("approved", "yes") == "yes")
+        return "Thank you."
 
     @app.route("/authorize")
     def authorize():
@@ -6707,7 +7335,8 @@ def authlib_provider(expires_in):
     thread = threading.Thread(target=server.serve_forever, args=[0.02], daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}"
-    return types.SimpleNamespace(url=url, requests=requests, issued=issued, close=close)
+    return types.SimpleNamespace(url=url, requests=requests, issued=issued, close=close,
+                                 polls=polls, authlib=provider)
 
 
 @unittest.skipUnless(
@@ -6721,7 +7350,7 @@ class AuthlibTest(unittest.TestCase):
         self.provider = authlib_provider(expires_in=3600)
         self.addCleanup(self.provider.close)
 
-    def test_from_authorization_to_rotated_refresh_tokens(self):
+    def test_from_authorization_to_rotated_refresh_tokens_of_which_each_is_used_once(self):
         text = f"""account "work" {{
             auth_uri = "{self.provider.url}/authorize";
             token_uri = "{self.provider.url}/token";
@@ -6745,14 +7374,72 @@ class AuthlibTest(unittest.TestCase):
         self.assertEqual(len({token.refresh_token for token in issued}), 4)
         self.assertEqual([token.revoked for token in issued], [True, True, True, False])
         self.assertEqual(self.provider.requests, ["authorization_code"] + ["refresh_token"] * 3)
-
-    def test_that_provider_refuses_a_refresh_token_used_before(self):
-        self.test_from_authorization_to_rotated_refresh_tokens()
-        used = self.provider.issued[0].refresh_token
+        used = issued[0].refresh_token  # which the provider does not take again
         form = [*AUTHLIB_CLIENT.items(), ("grant_type", "refresh_token"), ("refresh_token", used)]
         outcome = pizauth.post_form(self.provider.url + "/token", form)
         with self.assertRaisesRegex(pizauth.PermanentError, "^HTTP 400: invalid_grant"):
             pizauth.token_response(outcome, form)
+
+    def device_daemon(self, options=""):
+        """A running server with an account for the device grant."""
+        daemon = Daemon(f"""account "work" {{
+            device_auth_uri = "{self.provider.url}/device_authorization";
+            token_uri = "{self.provider.url}/token";
+            client_id = "{AUTHLIB_CLIENT["client_id"]}";
+            client_secret = "{AUTHLIB_CLIENT["client_secret"]}";
+            scopes = ["mail", "offline_access"];
+        }} error_notify_cmd = "echo \\"$PIZAUTH_MSG\\" >> $HOME/errors"; {options}""",
+            prelude="pizauth.SLOW_DOWN = 0.5")
+        self.addCleanup(daemon.__exit__)
+        daemon.start()
+        return daemon
+
+    def code(self, daemon):
+        """The URL, complete, and the code that `show` gives."""
+        done = daemon.run("show", "work")
+        told = re.fullmatch("ERROR - Access token unavailable until authorised with URL"
+                            " (http://.*/device[?]user_code=(.*)) and code (.*)\n", done.stderr)
+        self.assertEqual((done.returncode, done.stdout, told[2]), (1, "", told[3]))
+        return told[1]
+
+    def errors(self, daemon):
+        with contextlib.suppress(FileNotFoundError), \
+                open(f"{daemon.directory}/errors", encoding="utf-8") as file:
+            return file.read()
+        return ""
+
+    def test_the_device_grant_with_slow_down_and_refresh(self):
+        daemon = self.device_daemon(
+            'auth_notify_cmd = "echo $PIZAUTH_URL $PIZAUTH_CODE > $HOME/told";')
+        url = self.code(daemon)
+        self.assertEqual(self.code(daemon), url)
+        self.assertTrue(until(lambda: os.path.exists(f"{daemon.directory}/told")))
+        with open(f"{daemon.directory}/told", encoding="ascii") as file:
+            self.assertTrue(until(lambda: file.read() == f"{url} {url.partition('=')[2]}\n"))
+        self.assertTrue(until(lambda: len(self.provider.polls) >= 2))
+        first, second = self.provider.polls[:2]
+        self.assertGreater(second - first, 1.4)  # the provider asked for slower polls
+        self.assertEqual(visit(url)[1], "Thank you.")
+        token = until(daemon.show)
+        self.assertEqual(token, self.provider.issued[0].access_token)
+        self.assertEqual(daemon.run("refresh", "work").returncode, 0)
+        self.assertTrue(until(lambda: daemon.show() != token))
+        self.assertEqual(daemon.show(), self.provider.issued[1].access_token)
+        self.assertEqual(self.errors(daemon), "")
+
+    def test_a_denial_and_the_expiry_of_a_device_code(self):
+        daemon = self.device_daemon()
+        visit(self.code(daemon) + "&approved=no")
+        self.assertTrue(until(lambda: "access_denied" in self.errors(daemon)))
+        self.assertIn("work: No access token; last error", daemon.run("status").stdout)
+        self.provider.authlib.code_life = 1
+        first = self.code(daemon)
+        self.assertTrue(until(lambda: "expired" in self.errors(daemon)))
+        self.provider.authlib.code_life = 60
+        second = self.code(daemon)
+        self.assertNotEqual(first, second)
+        visit(second)
+        self.assertTrue(until(daemon.show))
 
 
 # ---- Demonstration ----
