@@ -939,7 +939,7 @@ def good_device_answer(answer: dict[str, Any]) -> DeviceResponse:
         "verification_uri_complete", "verification_uri", "verification_url")]
     url = next((uri for uri in uris if isinstance(uri, str)
                 and re.fullmatch(r"https?://[!-~]+", uri, re.IGNORECASE)), None)
-    if not isinstance(device_code, str) or not device_code:
+    if not isinstance(device_code, str) or not is_visible_ascii(device_code):
         raise ValueError("it has no device_code: is device_auth_uri right?")
     if not isinstance(user_code, str) or not 0 < len(printable(user_code)) <= CODE_LENGTH:
         raise ValueError("it has no user_code that can be typed")
@@ -1702,7 +1702,8 @@ class Authenticator:
         login.url, login.user_code = response.url, response.user_code
         login.device_code, login.form = response.device_code, None
         login.expires_at = now + response.expires_in
-        login.interval = login.gap = response.interval
+        sensible = response.interval < response.expires_in  # else it may be in milliseconds
+        login.interval = login.gap = response.interval if sensible else response.expires_in / 2
         login.poll_at, login.remind_at = now + login.gap, self._notify_at(name)
         self._errors.pop(name, None)
         self._tell_waiters(name, "waiting", "")
@@ -1727,11 +1728,12 @@ class Authenticator:
         except TokenError as error:
             if error.error == "slow_down":
                 login.interval += SLOW_DOWN
+            wait = error.retry_after if isinstance(error, TransientError) else 0
             if error.error in ("authorization_pending", "slow_down"):
-                login.gap = login.interval
+                login.gap = max(login.interval, wait)
                 self._errors.pop(name, None)
             elif isinstance(error, TransientError):
-                login.gap = max(login.interval, min(2 * login.gap, LONGEST_GAP), error.retry_after)
+                login.gap = max(login.interval, min(2 * login.gap, LONGEST_GAP), wait)
                 message = f"Authentication for {name} failed, and will be tried again: {error}"
                 self._failed(name, message, INFO)
             else:

@@ -2305,6 +2305,8 @@ class DeviceTest(unittest.TestCase):
         for code, reason in (
             ({"device_code": None}, "it has no device_code: is device_auth_uri right?"),
             ({"device_code": ""}, "it has no device_code: is device_auth_uri right?"),
+            ({"device_code": "\ud800a"}, "it has no device_code: is device_auth_uri right?"),
+            ({"device_code": "a b"}, "it has no device_code: is device_auth_uri right?"),
             ({"user_code": None}, "it has no user_code that can be typed"),
             ({"user_code": "\x1b"}, "it has no user_code that can be typed"),
             ({"user_code": "x" * 101}, "it has no user_code that can be typed"),
@@ -2371,6 +2373,20 @@ class DeviceTest(unittest.TestCase):
         self.poll(world, 20).grant("at1")
         self.assertEqual(world.show(), "access_token:at1")
         self.assertNotIn("last error", world.status())
+
+    def test_retry_after_counts_whatever_the_word_beside_it(self):
+        for error in ("slow_down", "authorization_pending", "server_error"):
+            world = self.world()
+            self.poll(world).answer(429, retry_after=100, error=error)
+            self.poll(world, 100).grant("at1")
+            self.assertEqual(world.show(), "access_token:at1")
+
+    def test_an_interval_that_is_longer_than_the_code_lives_is_no_reason_not_to_poll(self):
+        world = self.world(interval=5000, expires_in=900)
+        self.pending(world, seconds=450)
+        world.wait(450)
+        self.assertEqual(world.posts, [])
+        self.assertIn("has expired before it was entered", world.status())
 
     def test_a_connection_failure_doubles_the_gap_until_the_provider_answers(self):
         world = self.world()
