@@ -3620,6 +3620,8 @@ def ask(request: bytes, patience: float = 0) -> bytes:
             reply += data
     except (_socket.timeout, BlockingIOError):
         raise server_hangs(directory) from None
+    except ConnectionResetError:  # at the limit of clients, or at the server's end
+        raise PizauthError(f"{NO_SERVER}: it ended the connection: try again") from None
     except OSError:
         raise no_server(directory) from None
     finally:

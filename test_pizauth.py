@@ -5789,6 +5789,24 @@ class CommandLineTest(unittest.TestCase):
                 self.assertTrue(asked("info").stdout.endswith("\nserver not responding\n"))
                 self.assertFalse(json.loads(asked("info", "-j").stdout)["server_running"])
 
+    def test_a_client_whose_connection_is_reset_does_not_say_that_there_is_no_socket(self):
+        with tempfile.TemporaryDirectory(prefix="piz") as directory, \
+                socket.socket(socket.AF_UNIX) as server:
+            os.mkdir(f"{directory}/pizauth", 0o700)
+            server.bind(f"{directory}/pizauth/pizauth.sock")
+            server.listen()
+            server.settimeout(20)
+            for command in (("status",), ("show", "x")):
+                client = subprocess.Popen(
+                    [*CACHED, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                    env={**self.daemon.environment, "XDG_RUNTIME_DIR": directory})
+                with server.accept()[0] as connection:
+                    connection.recv(1, socket.MSG_PEEK)  # unread, so that its close is a reset
+                self.assertEqual(client.communicate(timeout=20), (
+                    "", "ERROR - pizauth authenticator not running or not responding: it ended the"
+                    " connection: try again\n"))
+                self.assertEqual(client.returncode, 1)
+
     def test_a_client_waits_for_a_place_in_a_queue_that_is_full(self):
         with tempfile.TemporaryDirectory(prefix="piz") as directory, \
                 socket.socket(socket.AF_UNIX) as server, contextlib.ExitStack() as stack:
