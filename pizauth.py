@@ -1056,15 +1056,6 @@ def redirect_matches(redirect_uri: str, scheme: str, host: str, target: str) -> 
     )
 
 
-SIGNS = {  # of a page: how the login went
-    "worked": "\u2714 Authorised", "failed": "\u2718 Not authorised",
-    "waiting": "\u2026 Not finished yet", "unknown": "? Outcome unknown"}
-STYLE = (
-    "body{font:1.1em/1.5 sans-serif;max-width:36em;margin:12vh auto;padding:0 1em;"
-    "overflow-wrap:anywhere}h1{font-size:1.5em}.worked{color:#17652c}.failed{color:#b3261e}"
-    "@media(prefers-color-scheme:dark){.worked{color:#6fdd8b}.failed{color:#ff9d94}}")
-
-
 def pasted_redirect(text: str) -> tuple[str, str, str]:
     """Scheme, host and target of a redirect copied from a browser's address bar, perhaps by way of
     a mail or wrapped by a terminal. Scheme and host are empty where only the query was copied, and
@@ -1078,6 +1069,15 @@ def pasted_redirect(text: str) -> tuple[str, str, str]:
         raise RequestError(PASTE)
     scheme, host, path, query = (part or "" for part in match.groups())
     return scheme.lower(), host, f"{path or '/'}?{query}"
+
+
+SIGNS = {  # of a page: how the login went
+    "worked": "\u2714 Authorised", "failed": "\u2718 Not authorised",
+    "waiting": "\u2026 Not finished yet", "unknown": "? Outcome unknown"}
+STYLE = (
+    "body{font:1.1em/1.5 sans-serif;max-width:36em;margin:12vh auto;padding:0 1em;"
+    "overflow-wrap:anywhere}h1{font-size:1.5em}.worked{color:#17652c}.failed{color:#b3261e}"
+    "@media(prefers-color-scheme:dark){.worked{color:#6fdd8b}.failed{color:#ff9d94}}")
 
 
 def page(status: int, sign: str, text: str, advice: str) -> bytes:
