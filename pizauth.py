@@ -142,7 +142,9 @@ class BadRequest(PizauthError):
 
 class TokenError(PizauthError):
     """The token endpoint gave no token. The text is cut to 500 printable characters; `error` is the
-    provider's error code (RFC 6749 5.2), if it gave one."""
+    provider's error code (RFC 6749 5.2), if it gave one; for `cause` see TransientError."""
+
+    cause, retry_after = "refused", 0.0
 
     def __init__(self, text: str, error: str = "") -> None:
         super().__init__(printable(text)[:500])
@@ -832,11 +834,6 @@ def token_response(outcome: bytes, form: Form) -> TokenResponse:
     """The tokens in an outcome. Raises TransientError or PermanentError, without secrets of the
     form."""
     return judged(outcome, form, good_answer)
-
-
-def device_response(outcome: bytes, form: Form) -> DeviceResponse:
-    """The same for the device authorization endpoint, whose errors are alike (RFC 8628 3.2)."""
-    return judged(outcome, form, good_device_answer)
 
 
 def judged(outcome: bytes, form: Form, read: Callable[[dict[str, Any]], Answered]) -> Answered:
@@ -1663,38 +1660,29 @@ class Authenticator:
     def _proceed(self, name: str, pending: Pending) -> None:
         """Post the form that the login goes on with, for the first time or again: the exchange of a
         code (RFC 6749 4.1.3), or the request for a device code (RFC 8628 3.1)."""
-        account = self.config.accounts[name]
-        uri = account.device_auth_uri or account.token_uri
-        then = self._device_asked if isinstance(pending, DeviceLogin) else self._exchanged
+        form, device_auth_uri = pending.form or [], self.config.accounts[name].device_auth_uri
         pending.tries += 1
         pending.retry_at = None
-        pending.cancel = self._post("code", normal_uri(uri), pending.form or [],
-                                    self._unless_replaced(name, pending, then))
-        self._forget_deadline()
+        if device_auth_uri is None:
+            self._request_token("code", name, pending, form, self._proceed_failed)
+        else:
+            pending.cancel = self._post("code", normal_uri(device_auth_uri), form,
+                                        self._unless_replaced(name, pending, self._device_asked))
+            self._forget_deadline()
 
     def _proceed_failed(self, name: str, pending: Pending, error: TokenError) -> None:
         """The request has failed: try again, or give the login up."""
-        retried = isinstance(error, TransientError) and error.cause == "outage"
-        if retried and pending.tries < CODE_TRIES:
+        if error.cause == "outage" and pending.tries < CODE_TRIES:
             pending.retry_at = self._clock.now() + CODE_RETRY_INTERVAL
             message = f"Authentication for {name} failed, and will be tried again: {error}"
             self._failed(name, message, INFO)
         else:
             self._login_failed(name, None, f"Authentication for {name} failed: {error}")
 
-    def _exchanged(self, name: str, pending: Pending, outcome: bytes) -> None:
-        """Handle the outcome of a code exchange."""
-        try:
-            response = token_response(outcome, pending.form or [])
-        except TokenError as error:
-            self._proceed_failed(name, pending, error)
-        else:
-            self._obtained(name, response, response.refresh_token, "token_new")
-
     def _device_asked(self, name: str, login: DeviceLogin, outcome: bytes) -> None:
         """Handle the outcome of a request for a device code: tell the person, and poll."""
         try:
-            response = device_response(outcome, login.form or [])
+            response = judged(outcome, login.form or [], good_device_answer)
         except TokenError as error:
             self._proceed_failed(name, login, error)
             return
@@ -1710,80 +1698,74 @@ class Authenticator:
 
     def _poll(self, name: str, login: DeviceLogin) -> None:
         """Ask for the tokens of a device login (RFC 8628 3.4)."""
-        account = self.config.accounts[name]
         if login.expires_at <= self._clock.now():
             self._login_failed(name, None, f"Authentication for {name} failed: the code"
                                            f" {login.user_code} has expired before it was entered")
             return
         login.poll_at = None
-        form = device_token_request(account, login.device_code)
-        login.cancel = self._post("refresh", normal_uri(account.token_uri), form,
-                                  self._unless_replaced(name, login, partial(self._polled, form)))
+        form = device_token_request(self.config.accounts[name], login.device_code)
+        self._request_token("refresh", name, login, form, self._poll_failed)
+
+    def _poll_failed(self, name: str, login: DeviceLogin, error: TokenError) -> None:
+        """A poll gave no tokens: go on, unless the provider has refused (RFC 8628 3.5)."""
+        if error.error == "slow_down":
+            login.interval += SLOW_DOWN
+        if error.error in ("authorization_pending", "slow_down"):
+            login.gap = max(login.interval, error.retry_after)
+            self._errors.pop(name, None)
+        elif isinstance(error, TransientError):
+            login.gap = max(login.interval, min(2 * login.gap, LONGEST_GAP), error.retry_after)
+            message = f"Authentication for {name} failed, and will be tried again: {error}"
+            self._failed(name, message, INFO)
+        else:
+            self._login_failed(name, None, f"Authentication for {name} failed: {error}")
+            return
+        now = self._clock.now()
+        before_expiry = login.expires_at - LAST_POLL - now
+        login.poll_at = now + max(login.interval, min(login.gap, before_expiry))
+
+    def _request_token(self, kind: str, name: str, old: Token, form: Form,
+                       failed: Callable[[str, Any, TokenError], None]) -> None:
+        """Post a form to the token endpoint. Its answer replaces the old token by an Active, or
+        leads to failed(name, old, error)."""
+        used = old.access_token if isinstance(old, Active) else ""
+
+        def judge(name: str, old: Token, outcome: bytes) -> None:
+            try:
+                response = token_response(outcome, [*form, ("access_token", used)])
+            except TokenError as error:
+                failed(name, old, error)
+            else:
+                self._obtained(name, old, response)
+
+        uri = normal_uri(self.config.accounts[name].token_uri)
+        old.cancel = self._post(kind, uri, form, self._unless_replaced(name, old, judge))
         self._forget_deadline()
 
-    def _polled(self, form: Form, name: str, login: DeviceLogin, outcome: bytes) -> None:
-        """Handle the outcome of a poll (RFC 8628 3.5)."""
-        try:
-            response = token_response(outcome, form)
-        except TokenError as error:
-            if error.error == "slow_down":
-                login.interval += SLOW_DOWN
-            wait = error.retry_after if isinstance(error, TransientError) else 0
-            if error.error in ("authorization_pending", "slow_down"):
-                login.gap = max(login.interval, wait)
-                self._errors.pop(name, None)
-            elif isinstance(error, TransientError):
-                login.gap = max(login.interval, min(2 * login.gap, LONGEST_GAP), wait)
-                message = f"Authentication for {name} failed, and will be tried again: {error}"
-                self._failed(name, message, INFO)
-            else:
-                self._login_failed(name, None, f"Authentication for {name} failed: {error}")
-                return
-            now = self._clock.now()
-            before_expiry = login.expires_at - LAST_POLL - now
-            login.poll_at = now + max(login.interval, min(login.gap, before_expiry))
-        else:
-            self._obtained(name, response, response.refresh_token, "token_new")
-
-    def _obtained(self, name: str, response: TokenResponse, refresh_token: str | None,
-                  event: str) -> None:
+    def _obtained(self, name: str, old: Token, response: TokenResponse) -> None:
         """A new access token replaces the account's state."""
-        now, before = self._clock.now(), self._tokens[name]
+        kept = old.refresh_token if isinstance(old, Active) else None
+        now, refresh_token = self._clock.now(), response.refresh_token or kept
         life = response.expires_in or min(self.config.accounts[name].refresh_at_least, LIFE_LIMIT)
         token = Active(access_token=response.access_token, obtained_at=now, expires_at=now + life,
-                       refresh_token=refresh_token, state=before.state if before else "")
+                       refresh_token=refresh_token, state=old.state)
         self._errors.pop(name, None)
-        self._replace(name, token, event)
+        self._replace(name, token, "token_refreshed" if isinstance(old, Active) else "token_new")
         if refresh_token is None:
             self._log(WARNING, f"{name}: {NO_REFRESH_TOKEN}")
 
     def _refresh(self, name: str, token: Active) -> None:
         """Post the refresh token (RFC 6749 6)."""
         assert token.refresh_token is not None
-        account, now = self.config.accounts[name], self._clock.now()
-        form = refresh_request(account, token.refresh_token)
-        token.wanted, token.attempted_at = False, now
-        token.not_before = self._not_before[name] = now + REFRESH_GAP
-        token.cancel = self._post("refresh", normal_uri(account.token_uri), form,
-                                  self._unless_replaced(name, token, self._refreshed))
+        form = refresh_request(self.config.accounts[name], token.refresh_token)
+        token.wanted, token.attempted_at = False, self._clock.now()
+        token.not_before = self._not_before[name] = token.attempted_at + REFRESH_GAP
+        self._request_token("refresh", name, token, form, self._refresh_failed)
         self._log(DEBUG, f"{name}: refreshing")
-        self._forget_deadline()
 
-    def _refreshed(self, name: str, token: Active, outcome: bytes) -> None:
-        """Handle the outcome of a refresh."""
-        form = refresh_request(self.config.accounts[name], token.refresh_token or "")
-        try:
-            response = token_response(outcome, [*form, ("access_token", token.access_token)])
-        except TransientError as error:
-            self._refresh_failed(name, token, error)
-        except PermanentError as error:
-            self._login_failed(name, "token_invalidated", f"Refreshing {name} failed: {error}")
-        else:
-            refresh_token = response.refresh_token or token.refresh_token
-            self._obtained(name, response, refresh_token, "token_refreshed")
-
-    def _refresh_failed(self, name: str, token: Active, error: TransientError) -> None:
-        """A refresh has failed: try again later, or drop a token that is refused time and again."""
+    def _refresh_failed(self, name: str, token: Active, error: TokenError) -> None:
+        """A refresh has failed: try again later, or drop a token that is refused for good, or time
+        and again."""
         now, token_uri = self._clock.now(), normal_uri(self.config.accounts[name].token_uri)
         token.failures += 1
         token.failed_at, token.retry_after = now, error.retry_after
@@ -1791,7 +1773,8 @@ class Authenticator:
         refused = error.cause == "unexplained" and (
             token_uri.startswith("https:") or is_loopback(token_uri))
         token.unexplained = token.unexplained + 1 if refused else 0
-        if token.unexplained >= UNEXPLAINED_LIMIT and token.expires_at <= now:
+        dropped = token.unexplained >= UNEXPLAINED_LIMIT and token.expires_at <= now
+        if dropped or isinstance(error, PermanentError):
             self._login_failed(name, "token_invalidated", f"Refreshing {name} failed: {error}")
             return
         token.last_fault = str(error) if error.cause in ("unexplained", "odd") else ""
