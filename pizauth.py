@@ -299,14 +299,12 @@ RESERVED_KEYS = {  # of maps: pizauth sends these fields itself
 RENAMED = {
     "auth_error_cmd": "it is called error_notify_cmd now",
     "refresh_retry_interval": "it is called refresh_retry now",
-    "not_transient_error_if": 'write transient_error_if_cmd = "! ..." instead',
-}
+    "not_transient_error_if": 'write transient_error_if_cmd = "! ..." instead'}
 CHARACTER_HINTS = {
     **dict.fromkeys("#/", "comments start with //"),
     "-": "names of options are written with '_', and numbers without a sign",
     "'": "strings are written in double quotes",
-    **dict.fromkeys("\u201c\u201d", 'strings are written in straight double quotes, "..."'),
-}
+    **dict.fromkeys("\u201c\u201d", 'strings are written in straight double quotes, "..."')}
 A_TIME = "a whole number and a unit, such as 90s, 15m, 2h or 1d"
 A_STRING = "a string in double quotes"
 OVER_LINES = "This string continues on the next line"
@@ -378,9 +376,7 @@ def lexemes(text: str) -> Iterator[Lexeme]:
           | (?P<time>   [0-9]+[smhd] (?!\w) )
           | (?P<string> "[^"\\]*(?:\\["\\][^"\\]*)*" )
           | (?P<word>   \w+ )
-          | [=,{}\[\];:]""",
-        re.VERBOSE,
-    )
+          | [=,{}\[\];:]""", re.VERBOSE)
     at = 0
     while at < len(text):
         match = lexicon.match(text, at)
@@ -747,16 +743,12 @@ def authorization_request(account: Account, state: str, code_verifier: str,
     """The URL that the person must visit (RFC 6749 4.1.1, RFC 7636 4.3)."""
     fields = [
         ("access_type", "offline"),
-        ("code_challenge", code_challenge(code_verifier)),
-        ("code_challenge_method", "S256"),
-        ("client_id", account.client_id),
-        ("redirect_uri", redirect_uri),
-        ("response_type", "code"),
-        ("state", state),
+        ("code_challenge", code_challenge(code_verifier)), ("code_challenge_method", "S256"),
+        ("client_id", account.client_id), ("redirect_uri", redirect_uri),
+        ("response_type", "code"), ("state", state),
         *([("scope", " ".join(account.scopes))] if account.scopes else []),
         *account.auth_uri_fields,
-        *([("login_hint", account.login_hint)] if account.login_hint is not None else []),
-    ]
+        *([("login_hint", account.login_hint)] if account.login_hint is not None else [])]
     uri = normal_uri(account.auth_uri)
     return uri + ("&" if "?" in uri else "?") + urllib.parse.urlencode(fields)
 
@@ -969,10 +961,9 @@ def sensible_life(expires_in: object) -> float | None:
 REQUEST_LIMIT = 64 << 10  # Bytes of a control request.
 RESTORE_LIMIT = 16 << 20  # Bytes of one that brings a dump.
 HEAD_LIMIT = 64 << 10  # Bytes of an HTTP head: browsers send the cookies of all localhost.
-HTTPS_HERE = (
-    "it came by HTTPS to the HTTP port. Probably a program on localhost once told the browser to"
-    " use only HTTPS there (HSTS). Make the browser forget that (in Chromium at"
-    " chrome://net-internals/#hsts), or write 127.0.0.1 or https: in redirect_uri")
+HTTPS_HERE = ("it came by HTTPS to the HTTP port. Probably a program on localhost once told the"
+              " browser to use only HTTPS there (HSTS). Make the browser forget that (in Chromium"
+              " at chrome://net-internals/#hsts), or write 127.0.0.1 or https: in redirect_uri")
 HTTP_HERE = "This port speaks HTTPS: is redirect_uri in pizauth.conf what it should be?"
 PASTE = ("This is not the address of a redirect: paste all that the browser's address bar shows"
          " after the login, or at least all from the '?' on")
@@ -1047,10 +1038,8 @@ def redirect_matches(redirect_uri: str, scheme: str, host: str, target: str) -> 
     host = host.lower().removesuffix(":80" if scheme == "http" else ":443")
     given = urllib.parse.parse_qsl(query, keep_blank_values=True)
     wanted = urllib.parse.parse_qsl(expected.query, keep_blank_values=True)
-    return (
-        (expected.scheme, expected.netloc, expected.path) == (scheme, host, path)
-        and all(given.count(pair) >= wanted.count(pair) for pair in wanted)
-    )
+    return ((expected.scheme, expected.netloc, expected.path) == (scheme, host, path)
+            and all(given.count(pair) >= wanted.count(pair) for pair in wanted))
 
 
 def pasted_redirect(text: str) -> tuple[str, str, str]:
@@ -1086,30 +1075,24 @@ def page(status: int, sign: str, text: str, advice: str) -> bytes:
         '<meta name="color-scheme" content="light dark">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>{SIGNS[sign]} - pizauth</title><style>{STYLE}</style>"
-        f'<h1 class="{sign}">{SIGNS[sign]}</h1><p>{text}</p><p>{advice}</p></html>\n'
-    ).encode()
+        f'<h1 class="{sign}">{SIGNS[sign]}</h1><p>{text}</p><p>{advice}</p></html>\n').encode()
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     headers = [
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
-        "Content-Type: text/html; charset=utf-8",
-        f"Content-Length: {len(body)}",
-        "Connection: close",
-        "Cache-Control: no-store",
-        "Referrer-Policy: no-referrer",
+        "Content-Type: text/html; charset=utf-8", f"Content-Length: {len(body)}",
+        "Connection: close", "Cache-Control: no-store", "Referrer-Policy: no-referrer",
         "X-Content-Type-Options: nosniff",
         (f"Content-Security-Policy: default-src 'none'; style-src 'sha256-{digest}';"
          " frame-ancestors 'none'"),
-        *(["Allow: GET"] if status == 405 else []),
-    ]
-    return "\r\n".join([*headers, "", ""]).encode() + body
+        *(["Allow: GET"] if status == 405 else []), "", ""]
+    return "\r\n".join(headers).encode() + body
 
 
 def next_step(sign: str, name: str) -> str:
     """What the person can do after a login with this sign."""
-    return {
-        "worked": "Mail programs get its tokens from now on.",
-        "failed": f"To try again, run 'pizauth show {name}' and open the URL that it prints.",
-        "waiting": "'pizauth status' tells how it ends."}[sign]
+    return {"worked": "Mail programs get its tokens from now on.",
+            "failed": f"To try again, run 'pizauth show {name}' and open the URL that it prints.",
+            "waiting": "'pizauth status' tells how it ends."}[sign]
 
 
 def error_words(response: Fields) -> str:
@@ -1925,9 +1908,8 @@ class Authenticator:
         if not response.get("code"):
             raise BadRequest(400, "The address has no 'code': the login still waits for one.",
                              f"Open the URL that 'pizauth show {name}' prints.")
-        pending.form = access_token_request(
-            self.config.accounts[name], response["code"], pending.code_verifier,
-            pending.redirect_uri)
+        pending.form = access_token_request(self.config.accounts[name], response["code"],
+                                            pending.code_verifier, pending.redirect_uri)
         self._proceed(name, pending)
 
     # The control protocol: a method for each verb, their table, and the dispatch.
@@ -2299,8 +2281,7 @@ def proxy_for(uri: str) -> Fields:
     parts = urllib.parse.urlsplit(uri)
     found = urllib.request.getproxies_environment()
     proxy = found.get(parts.scheme) or found.get("all") or ""
-    if (not proxy or is_loopback(uri)
-            or urllib.request.proxy_bypass(parts.netloc)):
+    if not proxy or is_loopback(uri) or urllib.request.proxy_bypass(parts.netloc):
         return {}
     kind = proxy.partition("://")[0].lower() if "://" in proxy else "http"
     if kind not in ("http", "https"):
@@ -2356,8 +2337,7 @@ def mint_certificate() -> bytes:
     return json.dumps({
         "pem": (private + certificate.public_bytes(pem)).decode(),
         "https_pub_key": point.hex(":").upper(),
-        "https_cert_sha256": certificate.fingerprint(hashes.SHA256()).hex(":").upper(),
-    }).encode()
+        "https_cert_sha256": certificate.fingerprint(hashes.SHA256()).hex(":").upper()}).encode()
 
 
 def self_signed(key: ec.EllipticCurvePrivateKey, now: float) -> x509.Certificate:
@@ -2384,8 +2364,7 @@ def self_signed(key: ec.EllipticCurvePrivateKey, now: float) -> x509.Certificate
         (x509.KeyUsage(True, *[False] * 8), True),  # digital_signature alone
         (x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), False),
         (identifier, False),
-        (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), False),
-    ):
+        (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), False)):
         builder = builder.add_extension(extension, critical)
     return builder.sign(key, hashes.SHA256())
 
@@ -3244,8 +3223,7 @@ class Server:
         self.authenticator.about_server = {"config_file": os.path.abspath(path)}
         self.loop.parts = [self.connections, self.children, self.authenticator, self]
         self.loop.handlers = {
-            signal.SIGTERM: self.stop, signal.SIGINT: self.stop,
-            signal.SIGCHLD: self.children.reap,
+            signal.SIGTERM: self.stop, signal.SIGINT: self.stop, signal.SIGCHLD: self.children.reap,
             signal.SIGHUP: lambda: (  # results in flight would be dropped with their account
                 None if self.authenticator.stopping else self.reload(lambda error: None))}
         self.context: ssl.SSLContext | None = None  # once an account has needed HTTPS
@@ -3434,11 +3412,10 @@ class Server:
             for listener in self.redirects[scheme]:
                 listener.close()
             ports[scheme] = sockets[0].getsockname()[1] if sockets else None
-            service = Service(peer="browser", frame=http_head,
-                              respond=partial(self.authenticator.redirected, scheme),
+            respond = partial(self.authenticator.redirected, scheme)
+            service = Service(peer="browser", frame=http_head, respond=respond,
                               context=self.context if scheme == "https" else None)
-            self.redirects[scheme] = [
-                Listener(self.connections, sock, service) for sock in sockets]
+            self.redirects[scheme] = [Listener(self.connections, sock, service) for sock in sockets]
         return ports
 
     # The control socket.
@@ -3654,8 +3631,8 @@ def info(options: argparse.Namespace) -> None:
         summary = {
             "cache_directory": cache, "config_file": config, "executed_as": sys.argv[0],
             "info_format_version": 2, "pizauth_version": VERSION,
-            "server_running": bool(server_info)}
-        summary.update({"server_info": server_info} if server_info else {})
+            "server_running": bool(server_info),
+            **({"server_info": server_info} if server_info else {})}
         put(json.dumps(summary, sort_keys=True, separators=(",", ":")) + "\n")
         return
     titles = {"config_file": "config file", "http_port": "HTTP port",
