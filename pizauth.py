@@ -131,8 +131,7 @@ class RequestError(PizauthError):
 
 
 class BadRequest(PizauthError):
-    """A browser's request that cannot be used. The reply is a page() of this status, sign, text and
-    advice; the text is logged at this level."""
+    """A browser's bad request: answered by a page() of these arguments, and logged at `level`."""
 
     def __init__(self, status: int, text: str, advice: str = "", sign: str = "unknown",
                  level: int = DEBUG) -> None:
@@ -257,8 +256,7 @@ class Account(Schedule):
 
     @property
     def redirect_scheme(self) -> str:
-        """The scheme of the listener that the browser returns to: http, https, or none if it does
-        not return."""
+        """The scheme of the listener that the browser returns to; empty if it does not return."""
         return "" if self.device_auth_uri else split_uri(self.redirect_uri).scheme
 
     def redirect_uri_at(self, port: int) -> str:
@@ -287,7 +285,6 @@ class Config(Schedule):
         return written
 
     def https_account(self) -> Account | None:
-        """The first account that redirects to https, if there is one."""
         return next((account for account in self.accounts.values()
                      if account.redirect_scheme == "https"), None)
 
@@ -358,8 +355,7 @@ def config_error(text: str, at: int, message: str) -> ConfigError:
 
 
 def hide_secrets(text: str) -> str:
-    """The text with NULs in place of client secrets, however misspelt, and of passwords in URIs; of
-    equal length."""
+    """The text, with NULs for client secrets, however misspelt, and passwords in URIs; as long."""
     text = text.replace("\0", "?")
     name = r"(client_?secrets?(?!\w)(?:\s|[=:\[{(]|//[^\n]*\n)*"  # as people may write it
     for secret in (name + r'")([^"\\]*(?:\\.[^"\\]*)*)', name + r')([^\s"=:\[{(;\0][^;\n]*)',
@@ -486,7 +482,6 @@ def is_loopback(uri: str) -> bool:
 
 
 def no_account(name: str, names: list[str]) -> str:
-    """The message for the name of an account that is not configured."""
     import difflib
 
     near = difflib.get_close_matches(name[:64], names, 1, 0.6)
@@ -823,8 +818,7 @@ def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes,
 
 
 def token_response(outcome: bytes, form: Form) -> TokenResponse:
-    """The tokens in an outcome. Raises TransientError or PermanentError, without secrets of the
-    form."""
+    """The tokens in an outcome. Raises TransientError or PermanentError, as judged() does."""
     return judged(outcome, form, good_answer)
 
 
@@ -905,8 +899,7 @@ def form_fields(body: bytes, whole: bool) -> dict[str, Any] | None:
 
 
 def good_answer(answer: dict[str, Any]) -> TokenResponse:
-    """The tokens in an answer (RFC 6749 5.1), read with tolerance. Raises ValueError that says what
-    is wrong."""
+    """The tokens in an answer (RFC 6749 5.1), read with tolerance. Raises ValueError with why."""
     access_token, refresh_token = answer.get("access_token"), answer.get("refresh_token") or None
     token_type = answer.get("token_type")
     for name, token in (("access_token", access_token), ("refresh_token", refresh_token)):
@@ -1477,8 +1470,6 @@ VERDICT_LIMIT = 180  # Seconds that transient_error_if_cmd may run.
 VERDICT_FAILURES = 6  # Failures in a row between two runs of transient_error_if_cmd.
 KEEPS_LOGIN = (0, 126, 127)  # Its exit statuses that keep the login: yes, or it could not start.
 UNEXPLAINED_LIMIT = 3  # After so many such refusals in a row an expired token is dropped.
-CLOSE_PAGE = "you can safely close this page."
-NO_OUTCOME_YET = "pizauth processing authentication"
 SUPERSEDED = "This authorization request is void: there is a newer one, or the account has changed."
 NO_REFRESH_TOKEN = ("the provider gave no refresh token, so this account must be authorised again"
                     " when its access token expires; what usually helps is the scope offline_access"
@@ -1533,7 +1524,6 @@ class Authenticator:
         return self._deadline
 
     def run_due(self) -> None:
-        """Do everything that is due by now."""
         now = self._clock.now()
         if self.deadline() > now:
             return
@@ -1543,7 +1533,7 @@ class Authenticator:
         late = [waiter for waiter in self._waiters if waiter.until <= now]
         self._waiters = [waiter for waiter in self._waiters if waiter.until > now]
         for waiter in late:
-            waiter.tell("waiting", NO_OUTCOME_YET)
+            waiter.tell("waiting", "pizauth processing authentication")
         self._forget_deadline()
 
     def _appointments(self) -> Iterator[tuple[float, str, str, Token]]:
@@ -1583,7 +1573,6 @@ class Authenticator:
             self._tell_waiters(name, "failed", told)
 
     def _tell_waiters(self, name: str, sign: str, text: str) -> None:
-        """Tell the peers that wait for an account's login how it went."""
         waiters = [waiter for waiter in self._waiters if waiter.account == name]
         self._waiters = [waiter for waiter in self._waiters if waiter.account != name]
         for waiter in waiters:
@@ -1654,7 +1643,6 @@ class Authenticator:
             self._forget_deadline()
 
     def _proceed_failed(self, name: str, pending: Pending, error: TokenError) -> None:
-        """The request has failed: try again, or give the login up."""
         if error.cause == "outage" and pending.tries < CODE_TRIES:
             pending.retry_at = self._clock.now() + CODE_RETRY_INTERVAL
             message = f"Authentication for {name} failed, and will be tried again: {error}"
@@ -1747,8 +1735,7 @@ class Authenticator:
         self._log(DEBUG, f"{name}: refreshing")
 
     def _refresh_failed(self, name: str, token: Active, error: TokenError) -> None:
-        """A refresh has failed: try again later, or drop a token that is refused for good, or time
-        and again."""
+        """Try again later, or drop a token that is refused for good, or time and again."""
         now, token_uri = self._clock.now(), normal_uri(self.config.accounts[name].token_uri)
         token.failures += 1
         token.failed_at, token.retry_after = now, error.retry_after
@@ -1783,7 +1770,6 @@ class Authenticator:
             self._failed(name, message, ERROR)
 
     def _expire(self, name: str, token: Active) -> None:
-        """An access token without refresh token has expired."""
         self._replace(name, None, "token_invalidated")
         self._failed(name, f"The access token of {name} has expired, and the provider had given no"
                            " refresh token: log in again", ERROR)
@@ -1793,13 +1779,11 @@ class Authenticator:
         "remind": _remind, "tell of fault": _tell_of_fault}
 
     def _login_failed(self, name: str, event: str | None, message: str) -> None:
-        """The login has ended in failure: forget it, and tell the person."""
         self._replace(name, None, event, message)
         self._report(name, message)
 
     def _report(self, name: str, message: str) -> None:
-        """Tell the person of a failure: by error_notify_cmd, or if it fails or is not set in the
-        log."""
+        """Tell of a failure by error_notify_cmd, or in the log if that fails or is not set."""
         message, hook = printable(message), self.config.error_notify_cmd is not None
         self._failed(name, message, INFO if hook else ERROR)
         if hook:
@@ -1835,16 +1819,16 @@ class Authenticator:
                 self._tell_next_event()
 
     def _tell_next_event(self) -> None:
-        name, event = self._events[0]
-        variables = {"PIZAUTH_EVENT": event}
-        self._command("token_event_cmd", name, variables, HOOK_LIMIT, self._event_told)
 
-    def _event_told(self, status: int | None, output: bytes) -> None:
-        del self._events[0]
-        if self.config.token_event_cmd is None:  # a reload has removed it
-            self._events.clear()
-        if self._events:
-            self._tell_next_event()
+        def told(status: int | None, output: bytes) -> None:
+            del self._events[0]
+            if self.config.token_event_cmd is None:  # a reload has removed it
+                self._events.clear()
+            if self._events:
+                self._tell_next_event()
+
+        name, event = self._events[0]
+        self._command("token_event_cmd", name, {"PIZAUTH_EVENT": event}, HOOK_LIMIT, told)
 
     def has_untold_events(self) -> bool:
         """Whether token_event_cmd runs, or will."""
@@ -1857,7 +1841,7 @@ class Authenticator:
         target, host = head
 
         def tell(name: str, sign: str, text: str) -> None:
-            closing = f": {CLOSE_PAGE}" if sign in ("worked", "waiting") else ""
+            closing = "" if sign == "failed" else ": you can safely close this page."
             answer(page(200, sign, text + closing, next_step(sign, name)))
 
         try:
@@ -1895,7 +1879,6 @@ class Authenticator:
         self._wait(name, patience, partial(tell, name))
 
     def _wait(self, name: str, patience: float, tell: Callable[[str, str], None]) -> None:
-        """Keep a peer waiting for the outcome of an account's login."""
         self._waiters.append(Waiter(account=name, until=self._clock.now() + patience, tell=tell))
         self._forget_deadline()
 
@@ -2103,7 +2086,6 @@ class Authenticator:
                 self._request_authorization(account)
 
     def answer_waiting(self) -> None:
-        """Tell the peers that wait for a login that there will be no outcome."""
         for name in self._tokens:
             self._tell_waiters(name, "failed", "pizauth was stopped: start it again.")
 
@@ -2113,7 +2095,6 @@ class Authenticator:
 # They see what they were forked with; what they return goes to the server through a pipe.
 
 CONNECT_TIMEOUT = 5  # Seconds for one address, which leaves time for five more.
-YEAR_WRITTEN = 2026  # A clock before this year has not been set.
 AFTER_SUSPEND = 5  # Seconds more for a child whose limit passed while the machine was suspended.
 DESCRIPTORS = 1024  # The soft limit: enough for all connections, and quick to close in a child.
 
@@ -2353,7 +2334,7 @@ def self_signed(key: ec.EllipticCurvePrivateKey, now: float) -> x509.Certificate
     epoch = datetime.datetime(1970, 1, 1)
     start = epoch + datetime.timedelta(seconds=now, days=-1)
     end = start + datetime.timedelta(days=825)  # no browser has ever refused this length
-    if start.year < YEAR_WRITTEN:  # the clock will be set later
+    if start.year < 2026:  # before this was written: the clock will be set later
         start, end = epoch, datetime.datetime(2049, 12, 31)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "pizauth")])
     builder = x509.CertificateBuilder(
@@ -2405,7 +2386,6 @@ class Loop:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def handle_signals(self) -> None:
-        """Call the handlers of the signals that have come."""
         caught, self.caught = self.caught, set()  # first, so that a later signal is not lost
         for number in self.signals:
             if number in caught:
@@ -2520,7 +2500,6 @@ class Children:
         return min([self.start_at, *(job.due for job in self.running.values())])
 
     def run_due(self) -> None:
-        """Kill children at their limit, and start a job."""
         now = self.loop.clock.now()
         if any(job.due <= now for job in self.running.values()):
             self.reap()  # first: a result that has come is not lost to the limit
@@ -2653,8 +2632,7 @@ TLS_LIMIT = 128 << 10  # Bytes that a TLS client may send before its request is 
 
 
 class Tls:
-    """The server's side of a TLS connection, as a filter of bytes. (An SSLSocket would read for as
-    long as its peer sends KeyUpdates.)"""
+    """A server's TLS as a filter of bytes; an SSLSocket would go on while KeyUpdates come."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         import ssl  # only here and in tls_context(): most servers need no TLS
@@ -2862,7 +2840,6 @@ class Listener:
                 sock.close()
 
     def close(self) -> None:
-        """Stop listening, and give the port back."""
         if self in self.connections.paused:
             self.connections.paused.remove(self)
         else:
@@ -2896,7 +2873,6 @@ class Connections:
         return min([one.due for one in timed], default=FOR_EVER)
 
     def run_due(self) -> None:
-        """Close the connections whose time is up, and accept again where that was paused."""
         now = self.loop.clock.now()
         for exchange in self.all():
             if exchange.due <= now:
@@ -3165,8 +3141,7 @@ def bind_redirect(option: str, addresses: Addresses, reloading: bool) -> list[so
 
 
 def bind_inet(host: str, port: int, flags: int = 0) -> socket.socket:
-    """A listening TCP socket of one address family; only [::] also takes IPv4. Raises OSError or
-    UnicodeError."""
+    """A listening TCP socket; only [::] takes IPv6 and IPv4. Raises OSError or UnicodeError."""
     name = host.encode("ascii" if host.isascii() else "idna")  # a str would load tables of Unicode
     family, *_, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags)[0]
     every = address[0] == "::" and socket.has_dualstack_ipv6()
@@ -3449,12 +3424,6 @@ class Server:
             self.log(ERROR, f"Cannot make a new control socket: {error}")
 
 
-def name_process() -> None:
-    """Name this process `pizauth`, for pgrep. Linux only."""
-    with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as comm:
-        comm.write("pizauth")
-
-
 def open_standard_streams() -> None:
     """Open those that are closed: our sockets must not take their numbers."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
@@ -3706,7 +3675,8 @@ def server(options: argparse.Namespace) -> None:
     """Run the daemon, in the foreground or in a child."""
     server_imports()
     open_standard_streams()
-    name_process()
+    with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as comm:
+        comm.write("pizauth")  # the name of this process, for pgrep; Linux only
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # else `stty tostop` stops us at a log line
     verbosity = min(options.verbose + options.verbose_before, TRACE)
 
