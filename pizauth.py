@@ -1413,9 +1413,8 @@ def chacha20_slice(key: bytes, counter: int, nonce: bytes, data: bytes) -> bytes
             state[z] = (mixed << left | mixed >> 32 - left) & mask
     lanes = [(a + b & mask).to_bytes(8 * blocks, "little") for a, b in zip(state, words)]
     stream = b"".join(lane[at : at + 4] for at in range(0, 8 * blocks, 8) for lane in lanes)
-    size = len(data)
-    number = int.from_bytes(data, "little") ^ int.from_bytes(stream[:size], "little")
-    return number.to_bytes(size, "little")
+    number = int.from_bytes(data, "little") ^ int.from_bytes(stream[: len(data)], "little")
+    return number.to_bytes(len(data), "little")
 
 
 def poly1305(key: bytes, data: bytes) -> bytes:
@@ -1902,8 +1901,7 @@ class Authenticator:
         scheme, host, target = pasted_redirect(rest.decode("utf-8", "replace"))
 
         def tell(name: str, sign: str, text: str) -> None:
-            worked = sign == "worked"
-            answer(f"ok:{text}".encode() if worked else
+            answer(f"ok:{text}".encode() if sign == "worked" else
                    f"error:{text.rstrip('.')}. {next_step(sign, name)}".encode())
 
         try:
@@ -2729,8 +2727,7 @@ class Exchange:
     def close(self) -> None:
         if self.state != "closed":
             self.state = "closed"
-            if self.watched:
-                self._watch(0)
+            self._watch(0)
             self.sock.close()
             del self.connections.exchanges[self.service.peer][self]
 
@@ -2750,12 +2747,10 @@ class Exchange:
                     self.buffer += data if self.tls is None else self.tls.decrypt(data)
         if self.state == "reading":
             self._pass_on()
-        if self.state == "closed" or self.outgoing:
-            return  # _write() watches
         if self.eof and self.state == "draining":
             self.close()
-            return
-        self._watch(0 if self.eof else selectors.EVENT_READ)  # an end of file stays readable
+        elif self.state != "closed" and not self.outgoing:  # else _write() watches
+            self._watch(0 if self.eof else selectors.EVENT_READ)  # an end of file stays readable
 
     def _pass_on(self) -> None:
         """Pass the request on, once it is whole."""
@@ -3033,11 +3028,10 @@ def load_config(path: str, warn: Callable[[str], None], reloading: bool = False)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if stat.S_ISREG(mode):
-        has_secret = any(one.client_secret for one in config.accounts.values())
         if mode & (stat.S_IWGRP | stat.S_IWOTH):
             warn(f"Other users can change {path}, and so the commands that pizauth runs: run"
                  f" 'chmod 600 {path}'")
-        elif mode & stat.S_IROTH and has_secret:
+        elif mode & stat.S_IROTH and any(one.client_secret for one in config.accounts.values()):
             warn(f"Other users can read the client_secret in {path}: run 'chmod 600 {path}'")
     return config
 
