@@ -822,9 +822,11 @@ def token_response(outcome: bytes, form: Form) -> TokenResponse:
     return judged(outcome, form, good_answer)
 
 
-def judged(outcome: bytes, form: Form, read: Callable[[dict[str, Any]], Answered]) -> Answered:
+def judged(outcome: bytes, form: Form, read: Callable[[dict[str, Any]], Answered],
+           option: str = "token_uri") -> Answered:
     """What read() makes of the fields of a good answer; it raises ValueError if they are none.
-    Raises TransientError or PermanentError, without secrets of the form."""
+    `option` gave the endpoint. Raises TransientError or PermanentError, without secrets of the
+    form."""
     head, _, body = outcome.partition(b"\n")
     number, delay, whole, trouble = head.decode("utf-8", "replace").split(" ", 3)
     status, retry_after = int(number), min(float(delay), RETRY_AFTER_LIMIT)
@@ -845,26 +847,26 @@ def judged(outcome: bytes, form: Form, read: Callable[[dict[str, Any]], Answered
             fault = "" if fields is None or trouble else str(reason)
     if is_visible_ascii(error) and error not in PASSING_ERRORS:
         raise PermanentError(message, error)
-    cause, guess = cause_and_guess(status, error, answer, fault, trouble)
+    cause, guess = cause_and_guess(status, error, answer, fault, trouble, option)
     if guess and (status < 400 or not words):
         message += f", but {without_secrets(guess, form)}"
     raise TransientError(message, cause, retry_after, error)
 
 
 def cause_and_guess(status: int, error: str, answer: dict[str, Any] | None, fault: str,
-                    trouble: str) -> tuple[str, str]:
+                    trouble: str, option: str) -> tuple[str, str]:
     """The cause of the TransientError that an answer leads to, and what to tell the person. `fault`
     is what is wrong with the fields of a 2xx answer; for `trouble` see outcome_bytes()."""
     if error in PASSING_ERRORS:
         return "passing", ""
+    if 300 <= status < 400 or status < 400 and not fault and not trouble:
+        return "passing", (f"{trouble or 'no OAuth answer'}: is {option} right, or is it a login"
+                           " page of the network?")
     if fault or trouble:
-        return "passing" if 300 <= status < 400 else "odd", fault or trouble
-    if status < 400:
-        return "passing", ("no OAuth answer: is token_uri right, or is it a login page of the"
-                           " network?")
+        return "odd", fault or trouble
     if status in (400, 401) and answer is not None:
         return "unexplained", "its JSON is not an OAuth error"
-    return "odd", "no OAuth answer: is token_uri right?"
+    return "odd", f"no OAuth answer: is {option} right?"
 
 
 def json_object(body: bytes) -> dict[str, Any] | None:
@@ -917,18 +919,21 @@ def good_device_answer(answer: dict[str, Any]) -> DeviceResponse:
     """The codes in an answer (RFC 8628 3.2), read with tolerance; Google says verification_url.
     Raises ValueError if it is no good one, with the reason."""
     device_code, user_code = answer.get("device_code"), answer.get("user_code")
+    if isinstance(user_code, float):  # a number in JSON
+        user_code = f"{user_code:.0f}"
     uris = [answer.get(name) for name in (
         "verification_uri_complete", "verification_uri", "verification_url")]
     url = next((uri for uri in uris if isinstance(uri, str)
                 and re.fullmatch(r"https?://[!-~]+", uri, re.IGNORECASE)), None)
     if not isinstance(device_code, str) or not is_visible_ascii(device_code):
         raise ValueError("it has no device_code: is device_auth_uri right?")
-    if not isinstance(user_code, str) or not 0 < len(printable(user_code)) <= CODE_LENGTH:
+    if (not isinstance(user_code, str) or not user_code.strip() or not user_code.isprintable()
+            or len(user_code) > CODE_LENGTH):
         raise ValueError("it has no user_code that can be typed")
     if url is None:
         raise ValueError("it has no verification_uri that can be opened")
     return DeviceResponse(
-        device_code=device_code, user_code=printable(user_code), url=url,
+        device_code=device_code, user_code=user_code.strip(), url=url,
         expires_in=sensible_life(answer.get("expires_in")) or DEVICE_LIFE,
         interval=max(1, sensible_life(answer.get("interval")) or DEVICE_INTERVAL))
 
@@ -958,9 +963,12 @@ HTTPS_HERE = ("it came by HTTPS to the HTTP port. Probably a program on localhos
               " browser to use only HTTPS there (HSTS). Make the browser forget that (in Chromium"
               " at chrome://net-internals/#hsts), or write 127.0.0.1 or https: in redirect_uri")
 HTTP_HERE = "This port speaks HTTPS: is redirect_uri in pizauth.conf what it should be?"
-PASTE = ("This is not the address of a redirect: paste all that the browser's address bar shows"
-         " after the login, or at least all from the '?' on")
-QUOTES = "\"'`<>\u2018\u2019\u201c\u201d\u00ab\u00bb"  # around a pasted address
+PASTE = ("paste all that the browser's address bar shows after the login, or at least all from the"
+         " '?' on")
+AROUND = "\"'`<>()[].,;\u2018\u2019\u201c\u201d\u00ab\u00bb"  # a pasted address in some text
+TOO_MANY: dict[str, PizauthError] = {  # for peers that must make room
+    "control": RequestError("Too many clients wait at once: try again later"),
+    "browser": BadRequest(503, "Too many browsers wait at once.", "Reload this page in a while.")}
 LOG_IN_AGAIN = "To log in, run 'pizauth show ACCOUNT' and open the URL that it prints."
 
 
@@ -1039,14 +1047,21 @@ def pasted_redirect(text: str) -> tuple[str, str, str]:
     """Scheme, host and target of a redirect copied from a browser's address bar, perhaps by way of
     a mail or wrapped by a terminal. Scheme and host are empty where only the query was copied, and
     the scheme where the browser hid it. Raises RequestError."""
-    text = re.sub(r"\s", "", text.replace("&amp;", "&")).strip(QUOTES)
+    if re.fullmatch(r"[^=]+(?:=(?:3D|\s)[^=]*)+", text):  # quoted-printable (RFC 2045 6.7)
+        text = re.sub(r"=\r?\n", "", text).replace("=3D", "=")
+    text = re.sub(r"(?m)^[> ]+", "", text)  # a mail that is quoted in another one
+    text = re.sub(r"[\s\\\u200b\u2060\ufeff]", "", text)
+    text = re.sub(r"&(?:(?:amp|#38|#x26);)+", "&", text, flags=re.IGNORECASE).strip(AROUND)
+    text = re.sub(r"^[^?=]*?(?=https?://)", "", text, flags=re.IGNORECASE)  # `view-source:`, `URL:`
     if "?" not in text and "=" in text.partition("&")[0] and "/" not in text.partition("=")[0]:
         text = "?" + text
     match = re.fullmatch(r"(?:(https?)://)?([^/?#]*)(/[^?#]*)?\?([^#]*)(?:#.*)?", text,
                          re.IGNORECASE)
     if match is None:
-        raise RequestError(PASTE)
+        raise RequestError(f"This is not the address of a redirect: {PASTE}")
     scheme, host, path, query = (part or "" for part in match.groups())
+    if not re.search("(?:^|&)(?:state|error)=", query):
+        raise RequestError(f"This is not the address of a redirect, for it has no 'state': {PASTE}")
     return scheme.lower(), host, f"{path or '/'}?{query}"
 
 
@@ -1150,11 +1165,11 @@ class Pending(Record):
     notifying: bool = False  # while auth_notify_cmd runs
     form: Form | None = None  # of the request that the login goes on with
     tries: int = 0
-    retry_at: float | None = None  # when that request, which failed, is tried again
+    retry_at: float | None = None  # when that request is tried again, or may be made
     cancel: Cancel | None = None  # set while a token request runs
 
     def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
-        """When to remind the person, and when to try a request again."""
+        """When to remind the person, and when to post a request, perhaps again."""
         yield self.remind_at, "remind"
         if self.retry_at is not None:
             yield self.retry_at, "proceed"
@@ -1202,7 +1217,7 @@ class DeviceLogin(Pending):
     def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
         yield from super().appointments(account)
         if self.poll_at is not None:
-            yield self.poll_at, "poll"
+            yield min(self.poll_at, self.expires_at), "poll"
 
 
 class Active(Record):
@@ -1457,12 +1472,13 @@ def decrypt_dump(dump: bytes) -> bytes:
 
 CODE_TRIES = 10  # How often a code exchange is tried in all.
 CODE_RETRY_INTERVAL = 6  # Seconds between two of these tries.
+DEVICE_GAP = 5  # Seconds between two device requests of one account, whoever asks.
 BROWSER_PATIENCE = 10  # Seconds that a browser is kept waiting for the outcome of its login.
 DEVICE_PATIENCE = 9  # Seconds that a client waits for a device code; less than CLIENT_TIMEOUT.
 COMPLETE_PATIENCE = 75  # Seconds that `complete` waits for the outcome: ten tries take a minute.
 SLOW_DOWN = 5  # Seconds that `slow_down` adds to the interval, for good (RFC 8628 3.5).
 LONGEST_GAP = 60  # Seconds between two polls, at most, while the provider is out of reach.
-LAST_POLL = 1  # Seconds before a code expires for one more poll, however long the gap.
+LAST_POLL = 1  # Seconds before a code expires for one more poll, whatever gap and Retry-After say.
 REMINDER_GAP = 1  # Seconds between two reminders, even if auth_notify_interval is less.
 HOOK_LIMIT = 60  # Seconds that error_notify_cmd and token_event_cmd may run.
 VERDICT_LIMIT = 180  # Seconds that transient_error_if_cmd may run.
@@ -1507,6 +1523,7 @@ class Authenticator:
         self._waiters: list[Waiter] = []
         self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
         self._not_before: dict[str, float] = {}  # when an account's next refresh may start
+        self._asked: dict[str, float] = {}  # when an account last asked for a device code
         self._notified: dict[str, float] = {}  # when an account's person was last notified
         self._events: list[tuple[str, str]] = []  # for token_event_cmd, which runs for the first
         self._deadline: float | None = None  # None: not known
@@ -1592,9 +1609,11 @@ class Authenticator:
     def _request_authorization(self, account: Account) -> Pending:
         """Begin a fresh login; the person is notified once there is a URL."""
         if account.device_auth_uri is not None:
-            login = DeviceLogin(remind_at=FOR_EVER, form=device_request(account))
+            at = self._asked.get(account.name, -DEVICE_GAP) + DEVICE_GAP
+            login = DeviceLogin(remind_at=FOR_EVER, form=device_request(account), retry_at=at)
             self._replace(account.name, login, None, SUPERSEDED)
-            self._proceed(account.name, login)
+            if at <= self._clock.now():
+                self._proceed(account.name, login)
             return login
         state, code_verifier = secrets.token_urlsafe(32), secrets.token_urlsafe(64)
         redirect_uri = self._redirect_uri(account)
@@ -1624,8 +1643,8 @@ class Authenticator:
         pending.notified_at = self._notified[name] = now
         if self.config.auth_notify_cmd is not None:
             pending.notifying = True
-            code = {"PIZAUTH_CODE": pending.user_code} if pending.user_code else {}
-            self._command("auth_notify_cmd", name, {"PIZAUTH_URL": pending.url, **code}, FOR_EVER,
+            variables = {"PIZAUTH_URL": pending.url, "PIZAUTH_CODE": pending.user_code}
+            self._command("auth_notify_cmd", name, variables, FOR_EVER,
                           lambda *_: setattr(pending, "notifying", False))
 
     def _proceed(self, name: str, pending: Pending) -> None:
@@ -1637,13 +1656,15 @@ class Authenticator:
         if device_auth_uri is None:
             self._request_token("code", name, pending, form, self._proceed_failed)
         else:
-            pending.cancel = self._post("code", normal_uri(device_auth_uri), form,
+            self._asked[name] = self._clock.now()
+            pending.cancel = self._post("device", normal_uri(device_auth_uri), form,
                                         self._unless_replaced(name, pending, self._device_asked))
             self._forget_deadline()
 
     def _proceed_failed(self, name: str, pending: Pending, error: TokenError) -> None:
         if error.cause == "outage" and pending.tries < CODE_TRIES:
-            pending.retry_at = self._clock.now() + CODE_RETRY_INTERVAL
+            wait = error.retry_after if isinstance(pending, DeviceLogin) else 0  # a code ages
+            pending.retry_at = self._clock.now() + max(CODE_RETRY_INTERVAL, wait)
             message = f"Authentication for {name} failed, and will be tried again: {error}"
             self._failed(name, message, INFO)
         else:
@@ -1652,7 +1673,7 @@ class Authenticator:
     def _device_asked(self, name: str, login: DeviceLogin, outcome: bytes) -> None:
         """Handle the outcome of a request for a device code: tell the person, and poll."""
         try:
-            response = judged(outcome, login.form or [], good_device_answer)
+            response = judged(outcome, login.form or [], good_device_answer, "device_auth_uri")
         except TokenError as error:
             self._proceed_failed(name, login, error)
             return
@@ -1861,8 +1882,8 @@ class Authenticator:
         if name is None:
             raise BadRequest(
                 200, "No pending token matches request state: request a fresh token",
-                "The login that this page belongs to has ended, or a newer one has taken its place:"
-                " 'pizauth status' tells how things are. " + LOG_IN_AGAIN)
+                "The login that this address belongs to has ended, or a newer one has taken its"
+                " place: 'pizauth status' tells how things are. " + LOG_IN_AGAIN)
         token = self._tokens[name]
         if isinstance(token, Active):
             tell(name, "worked", f"Account {name} is authorised already")
@@ -1870,15 +1891,17 @@ class Authenticator:
         assert isinstance(token, RedirectLogin), "no other login waits for a redirect"
         scheme = scheme or token.redirect_uri.partition(":")[0]
         if host and not redirect_matches(token.redirect_uri, scheme, host, target):
-            raise BadRequest(404, "This is not the address that the account redirects to.",
-                             "The login still waits for its redirect. Is redirect_uri in"
-                             " pizauth.conf what the provider has on record?")
+            address = token.redirect_uri.partition("?")[0]
+            raise BadRequest(
+                404, f"This is not the address that account {name} redirects to, which begins with"
+                     f" {address}", "The login still waits. Is this where the browser ended, and is"
+                " redirect_uri in pizauth.conf what the provider has on record?")
         if token.form is None:
             self._respond(name, token, response)
-        self._wait(name, patience, partial(tell, name))
+        self._wait(name, self._clock.now() + patience, partial(tell, name))
 
-    def _wait(self, name: str, patience: float, tell: Callable[[str, str], None]) -> None:
-        self._waiters.append(Waiter(account=name, until=self._clock.now() + patience, tell=tell))
+    def _wait(self, name: str, until: float, tell: Callable[[str, str], None]) -> None:
+        self._waiters.append(Waiter(account=name, until=until, tell=tell))
         self._forget_deadline()
 
     def _respond(self, name: str, pending: RedirectLogin, response: Fields) -> None:
@@ -1901,8 +1924,9 @@ class Authenticator:
         scheme, host, target = pasted_redirect(rest.decode("utf-8", "replace"))
 
         def tell(name: str, sign: str, text: str) -> None:
+            text = "The provider has not answered yet" if sign == "waiting" else text.rstrip(".")
             answer(f"ok:{text}".encode() if sign == "worked" else
-                   f"error:{text.rstrip('.')}. {next_step(sign, name)}".encode())
+                   f"error:{text}. {next_step(sign, name)}".encode())
 
         try:
             self._redirected(scheme, host, target, COMPLETE_PATIENCE, tell)
@@ -1925,7 +1949,8 @@ class Authenticator:
         with_url, account = self._option_and_account(rest)
         token = self._expire_if_due(account.name)
         if not isinstance(token, Active):
-            self._give_url(account.name, self._request_authorization(account), with_url, answer)
+            self._request_authorization(account)
+            self._show(account.name, with_url, answer)
             return
         if token.refresh_token is None:
             until = self._clock.date(token.expires_at)
@@ -1958,35 +1983,37 @@ class Authenticator:
 
     def _showtoken(self, rest: bytes, answer: Answer) -> None:
         with_url, account = self._option_and_account(rest)
-        token = self._expire_if_due(account.name)
-        if not isinstance(token, Active):
-            pending = token or self._request_authorization(account)
-            self._give_url(account.name, pending, with_url, answer)
-        elif self._clock.now() < token.expires_at:
+        self._show(account.name, with_url, answer)
+
+    def _show(self, name: str, with_url: bool, answer: Answer, until: float | None = None) -> None:
+        """Give a client the token, or begin what leads to one and tell. Where the provider has yet
+        to give a URL, the client waits, until a moment if it has waited before."""
+
+        def tell(sign: str, text: str) -> None:
+            if sign == "failed" and (self.stopping or self._tokens.get(name) is None):
+                answer(f"error:{text}".encode())
+            else:  # there is a token, a URL, or a newer login
+                self._show(name, with_url, answer, until)
+
+        now, token = self._clock.now(), self._expire_if_due(name)
+        token = token or self._request_authorization(self.config.accounts[name])
+        until = now + DEVICE_PATIENCE if until is None else until
+        if isinstance(token, Pending):
+            if token.url:
+                answer(token.reply(with_url))
+            elif now < until:
+                self._wait(name, until, tell)
+            else:
+                answer(b"error:The provider has not given a login code yet: ask again in a few"
+                       b" seconds; 'pizauth status' shows the last error")
+        elif now < token.expires_at:
             answer(b"access_token:" + token.access_token.encode())
         elif token.cancel is not None:
             answer(b"error:Access token has expired."
                    b" Refreshing is in progress but has not yet succeeded")
         else:
-            self._refresh_soon(account.name, token)
+            self._refresh_soon(name, token)
             answer(b"error:Access token has expired. Refreshing initiated")
-
-    def _give_url(self, name: str, pending: Pending, with_url: bool, answer: Answer) -> None:
-        """Give a control client the URL of a login, once there is one."""
-
-        def tell(sign: str, text: str) -> None:
-            if pending.url:
-                answer(pending.reply(with_url))
-            elif sign == "waiting":
-                answer(b"error:The provider has not given a code to log in with yet: ask again in a"
-                       b" few seconds, or see pizauth status")
-            else:
-                answer(f"error:{text}".encode())
-
-        if pending.url:
-            answer(pending.reply(with_url))
-        else:
-            self._wait(name, DEVICE_PATIENCE, tell)
 
     def _shutdown(self, rest: bytes, answer: Answer) -> None:
         self.stopping = True  # the client's connection is closed last of all
@@ -2074,6 +2101,7 @@ class Authenticator:
                 if after is None:
                     self._not_before.pop(name, None)
                     self._notified.pop(name, None)
+                    self._asked.pop(name, None)
                 self._replace(name, None, None, SUPERSEDED)
         self._tokens = {name: self._tokens.get(name) for name in config.accounts}
         self._forget_deadline()
@@ -2211,8 +2239,7 @@ def read_answer(response: http.client.HTTPResponse) -> tuple[bool, bytes, str]:
     trouble = ""
     if 300 <= response.status < 400:
         location = re.sub(r"[?#].*|//[^/]*@", "", response.headers.get("Location") or "nowhere")
-        trouble = (f"redirects are not followed, here to {location}: is token_uri right, or is it a"
-                   " login page of the network?")
+        trouble = f"redirects are not followed, here to {location}"
     elif plain is None:
         trouble = f"its Content-Encoding is {coding}, which was not asked for"
     elif len(plain) > ANSWER_LIMIT:
@@ -2431,7 +2458,7 @@ class Loop:
 # one call of its `then`, unless it is cancelled.
 
 # Most urgent first. A job starts only while fewer token requests than its number are running.
-SLOTS = {"command": FOR_EVER, "mint": FOR_EVER, "code": 16, "refresh": 12}
+SLOTS = {"command": FOR_EVER, "mint": FOR_EVER, "code": 16, "device": 16, "refresh": 12}
 HOST_SLOTS = 4  # Token requests at a time to one host.
 NICE = 10  # Niceness of token requests: clients of the server come first.
 FORK_RETRY = 1  # Seconds until a fork that failed is tried again.
@@ -2491,8 +2518,8 @@ class Children:
         return self.add(Job(kind="command", work=work, limit=limit, then=then))
 
     def in_flight(self) -> bool:
-        """Whether a token request runs."""
-        return any(job.host for job in self.running.values())
+        """Whether a request runs that may bring a token."""
+        return any(job.host and job.kind != "device" for job in self.running.values())
 
     def deadline(self) -> float:
         return min([self.start_at, *(job.due for job in self.running.values())])
@@ -2829,10 +2856,9 @@ class Listener:
             if self.service.peer == "control" and not is_our_user(sock):
                 self.loop.log(WARNING, "A client of another user was refused")
                 sock.close()
-            elif self.connections.make_room(self.service.peer):
-                Exchange(self.connections, sock, self.service).proceed()
             else:
-                sock.close()
+                self.connections.make_room(self.service.peer)
+                Exchange(self.connections, sock, self.service).proceed()
 
     def close(self) -> None:
         if self in self.connections.paused:
@@ -2881,15 +2907,29 @@ class Connections:
     def all(self) -> list[Exchange]:
         return [exchange for some in self.exchanges.values() for exchange in some]
 
-    def make_room(self, peer: str) -> bool:
-        """Whether there is room; at the cap, the oldest unparked is closed, reading ones first."""
+    def make_room(self, peer: str) -> None:
+        """At the cap of this kind of peer, end one: who has hung up; else the one that has been
+        reading longest, writes or drains; else the one that has waited longest."""
         exchanges = self.exchanges[peer]
-        if len(exchanges) < CAPS[peer]:
-            return True
-        able = [exchange for exchange in exchanges if exchange.state != "parked"]
-        for victim in sorted(able, key=lambda exchange: exchange.state != "reading")[:1]:
+        if len(exchanges) >= CAPS[peer]:
+            self.close_hung_up()
+        if len(exchanges) >= CAPS[peer]:
+            rank = {"reading": 0, "parked": 2}
+            victim = min(exchanges, key=lambda exchange: rank.get(exchange.state, 1))
+            if victim.state == "parked":
+                victim.answer(error_reply(TOO_MANY[peer]))
             victim.close()
-        return bool(able)
+
+    def close_hung_up(self) -> None:
+        """Close the parked exchanges of control clients that have gone. (Of a browser that has gone
+        the socket tells nothing.)"""
+        parked = {one.sock.fileno(): one for one in self.exchanges["control"]
+                  if one.state == "parked"}
+        poll = select.poll()
+        for descriptor in parked:
+            poll.register(descriptor, 0)  # only for the end of both directions
+        for descriptor, _event in poll.poll(0):
+            parked[descriptor].close()
 
     def pause(self, listener: Listener) -> None:
         """Accept no more until a second has passed."""
@@ -3465,7 +3505,7 @@ def leave_terminal(writer: int, server: Server) -> None:
 
 CLIENT_TIMEOUT = 10  # Seconds that a client waits for the server's next byte.
 CONNECT_AGAIN = 0.05  # Seconds until a client that found the socket's queue full tries again.
-PASTED = 0.1  # Seconds after which no more lines of a pasted address are expected.
+PASTED = 0.5  # Seconds after which no more lines of a pasted address are expected.
 NO_SERVER = "pizauth authenticator not running or not responding"
 
 
@@ -3620,7 +3660,7 @@ def dump(options: argparse.Namespace) -> None:
     put(reply)
 
 
-def read_input(limit: int) -> bytes:
+def read_input(limit: int, expected: str) -> bytes:
     """All of standard input, which may have so many bytes. Raises PizauthError."""
     data = bytearray()
     try:
@@ -3629,13 +3669,13 @@ def read_input(limit: int) -> bytes:
     except OSError as error:
         raise PizauthError(f"Cannot read standard input: {error.strerror}") from None
     if len(data) > limit:
-        raise PizauthError(f"Standard input is longer than {limit >> 10} KiB")
+        raise PizauthError(f"Standard input is no {expected}: it is longer than {limit >> 10} KiB")
     return bytes(data)
 
 
 def restore(options: argparse.Namespace) -> None:
     """Send a dump to the server, once all of it has been read."""
-    request(b"restore", read_input(RESTORE_LIMIT))
+    request(b"restore", read_input(RESTORE_LIMIT, "dump"))
 
 
 def complete(options: argparse.Namespace) -> None:
@@ -3645,7 +3685,8 @@ def complete(options: argparse.Namespace) -> None:
     elif os.isatty(0):
         address = typed_address().encode("utf-8", "surrogateescape")
     else:
-        address = read_input(REQUEST_LIMIT)
+        address = read_input(REQUEST_LIMIT, "address")
+    ask(b"info:")  # so that a server that hangs is noticed early
     put(request(b"complete", address, patience=COMPLETE_PATIENCE) + "\n")
 
 
@@ -3656,12 +3697,14 @@ def typed_address() -> str:
         import readline  # noqa: F401 - without it a terminal takes 4,096 characters at most
     except ImportError:
         pass
+    complain("Paste the address that the browser shows after the login, and press Enter:")
+    text = ""
     try:
-        text = input("The address that the browser shows after the login: ")
-        while select.select([0], [], [], PASTED)[0]:
-            text += input()
+        while not text.strip() or select.select([0], [], [], PASTED)[0]:
+            text += input() + "\n"
     except EOFError:
-        raise PizauthError("No address was given") from None
+        if not text.strip():
+            raise PizauthError("No address was given") from None
     return text
 
 
@@ -3687,7 +3730,7 @@ def server(options: argparse.Namespace) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str, ...]]] = {
-    "complete": (complete, "log in with the address at which the browser ended", ("url",)),
+    "complete": (complete, "finish a login whose browser could not reach the server", ("url",)),
     "dump": (dump, "write the tokens to standard output", ()),
     "info": (info, "print where things are and what the server says about itself",
              ("-c --config", "-j")),
@@ -3705,8 +3748,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str
 }
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "account": {"metavar": "ACCOUNT", "help": "a configured account"},
-    "url": {"metavar": "URL", "nargs": "?", "help": "that address; otherwise it is read from"
-            " standard input, which keeps it from the list of processes"},
+    "url": {"metavar": "URL", "nargs": "?", "help": "the address at which the browser ended; if"
+            " left out, it is read from standard input and stays out of the list of processes"},
     "-c --config": {"metavar": "FILE", "help": "the configuration file"},
     "-d": {"dest": "foreground", "action": "store_true", "help": "stay in the foreground"},
     "-j": {"dest": "json", "action": "store_true", "help": "print JSON"},

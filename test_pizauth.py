@@ -2254,7 +2254,7 @@ class DeviceTest(unittest.TestCase):
                       + 'auth_notify_cmd = "n"; token_event_cmd = "t";')
         replies = world.park("showtoken:withurl x")
         (post,) = world.posts
-        self.assertEqual((post.uri, post.kind, post.form), ("https://d.example/device", "code", {
+        self.assertEqual((post.uri, post.kind, post.form), ("https://d.example/device", "device", {
             "client_id": "cid", "scope": "a b", "client_secret": "hush"}))
         self.assertIn("x: Access token pending authentication", world.status())
         world.wait(2)
@@ -2301,6 +2301,11 @@ class DeviceTest(unittest.TestCase):
                 self.poll(world, interval).grant("at1")
                 self.assertEqual(world.show(), "access_token:at1")
 
+    def test_a_user_code_may_be_a_number_and_may_have_blanks_around_it(self):
+        for given, shown in ((12345678, "12345678"), (" AB CD ", "AB CD")):
+            self.assertEqual(self.world(user_code=given).told,
+                             f"pending:{CODE['verification_uri']} and code {shown}")
+
     def test_answers_without_a_code_or_an_address_end_the_login(self):
         for code, reason in (
             ({"device_code": None}, "it has no device_code: is device_auth_uri right?"),
@@ -2309,6 +2314,9 @@ class DeviceTest(unittest.TestCase):
             ({"device_code": "a b"}, "it has no device_code: is device_auth_uri right?"),
             ({"user_code": None}, "it has no user_code that can be typed"),
             ({"user_code": "\x1b"}, "it has no user_code that can be typed"),
+            ({"user_code": "AB\u200bCD"}, "it has no user_code that can be typed"),
+            ({"user_code": " "}, "it has no user_code that can be typed"),
+            ({"user_code": True}, "it has no user_code that can be typed"),
             ({"user_code": "x" * 101}, "it has no user_code that can be typed"),
             ({"verification_uri": None}, "it has no verification_uri that can be opened"),
             ({"verification_uri": "javascript:x"}, "it has no verification_uri that can be opened"),
@@ -2326,8 +2334,12 @@ class DeviceTest(unittest.TestCase):
     def test_a_refusal_of_the_request_ends_the_login(self):
         for answer, reason in (
             (lambda post: post.answer(400, error="invalid_client"), "HTTP 400: invalid_client"),
-            (lambda post: post.answer(404, b""), "HTTP 404, but no OAuth answer: is token_uri"),
-            (lambda post: post.answer(200, b"<html>"), "HTTP 200, but no OAuth answer"),
+            (lambda post: post.answer(404, b""),
+             "HTTP 404, but no OAuth answer: is device_auth_uri right?"),
+            (lambda post: post.answer(200, b"<html>"),
+             "HTTP 200, but no OAuth answer: is device_auth_uri right, or is it a login page"),
+            (lambda post: post.answer(302, b"", location="redirects are not followed"),
+             "HTTP 302, but redirects are not followed: is device_auth_uri right, or is it a"),
         ):
             world = World(DEVICE.format("x", ""))
             replies = world.park("refresh:withurl x")
@@ -2345,7 +2357,7 @@ class DeviceTest(unittest.TestCase):
         world.wait(2.9)
         self.assertEqual(replies, [])
         world.wait(0.2)
-        self.assertTrue(replies[0].startswith("error:The provider has not given a code"), replies)
+        self.assertTrue(replies[0].startswith("error:The provider has not given a login code"))
         later = world.park("showtoken:withouturl x")
         for _ in range(7):
             world.wait(6)
@@ -2357,9 +2369,61 @@ class DeviceTest(unittest.TestCase):
         self.assertEqual(last, ["error:Authentication for x failed: connection refused"])
         self.assertIn("x: No access token; last error", world.status())
         again = world.park("showtoken:withurl x")
+        world.wait(5)
         world.posts.pop().answer(**CODE)
         self.assertEqual(again, [PENDING])
         self.assertNotIn("last error", world.status())
+
+    def test_a_client_that_waits_for_a_code_gets_that_of_a_newer_request(self):
+        world = World(DEVICE.format("x", ""))
+        first, second = world.park("showtoken:withurl x"), world.park("refresh:withurl x")
+        self.assertEqual((first, second), ([], []))
+        self.assertTrue(world.posts.pop().cancelled)
+        world.wait(5)
+        world.posts.pop().answer(**CODE)
+        self.assertEqual((first, second), ([PENDING], [PENDING]))
+
+    def test_a_client_waits_no_longer_for_all_newer_requests(self):
+        world = World(DEVICE.format("x", ""))
+        first = world.park("showtoken:withurl x")
+        for _ in range(8):
+            world.wait(1)
+            world.park("refresh:withurl x")
+        self.assertEqual(first, [])
+        world.wait(1)
+        self.assertTrue(first[0].startswith("error:The provider has not given"))
+
+    def test_two_requests_for_a_code_are_five_seconds_apart_whoever_asks(self):
+        world = World(DEVICE.format("x", ""))
+        for _ in range(50):
+            world.park("refresh:withurl x")
+        self.assertEqual(len(world.posts), 1)
+        world.posts.clear()
+        for _ in range(3):
+            world.wait(4.8)
+            self.assertEqual(world.posts, [])
+            world.wait(0.2)
+            world.posts.pop().answer(400, error="invalid_client")
+            replies = world.park("showtoken:withurl x")
+            self.assertEqual(replies, [])
+
+    def test_retry_after_of_the_request_for_a_code_is_obeyed(self):
+        world = World(DEVICE.format("x", ""))
+        world.park("showtoken:withurl x")
+        world.posts.pop().answer(429, b"", retry_after=120)
+        world.wait(119)
+        self.assertEqual(world.posts, [])
+        world.wait(2)
+        world.posts.pop().answer(**CODE)
+        self.assertEqual(world.show(), PENDING)
+
+    def test_a_code_that_expires_between_two_polls_is_told_at_once(self):
+        world = self.world(expires_in=900, interval=600, options='error_notify_cmd = "e";')
+        self.pending(world, seconds=600)
+        world.wait(299)
+        self.assertEqual(world.commands, [])
+        world.wait(1)
+        self.assertIn("has expired", world.commands.pop().variables["PIZAUTH_MSG"])
 
     def test_slow_down_adds_five_seconds_for_good(self):
         world = self.world()
@@ -2473,8 +2537,9 @@ class DeviceTest(unittest.TestCase):
             (lambda world: world.ask("revoke:x"), "error:This authorization request is void"),
             (lambda world: world.reload(other), "error:This authorization request is void"),
             (lambda world: world.reload(account("y")), "error:This authorization request is void"),
-            (lambda world: world.restore(sealed), "error:Account x is authorised"),
-            (lambda world: world.auth.answer_waiting(), "error:pizauth was stopped"),
+            (lambda world: world.restore(sealed), "access_token:at1"),
+            (lambda world: (world.ask("shutdown:"), world.auth.answer_waiting()),
+             "error:pizauth was stopped"),
         ):
             world = World(DEVICE.format("x", "") + account("y"))
             replies, (post,) = world.park("showtoken:withurl x"), world.posts
@@ -2567,6 +2632,12 @@ class CompleteTest(unittest.TestCase):
             url.replace("http://", ""), url + "#", url + "#_=_", f"?{query}", query, f"/cb?{query}",
             f"{query}#", f'"?{query}"', url + "&session_state=x&iss=https%3A%2F%2Fp.example",
             url.replace(f"?{query}", "?" + "&".join(reversed(query.split("&")))),
+            f"> {url}", f"> > {url[:half]}\n> > {url[half:]}", f"URL: {url}", f"view-source:{url}",
+            f"({url})", f"[{url}]", f"{url}.", f"see <{url}>,", url.replace("=", "=3D"),
+            url.replace("=", "=3D")[:half] + "=\n" + url.replace("=", "=3D")[half:],
+            url.replace("&", "&am\np;"), url.replace("&", "&amp;amp;"), url.replace("&", "&#38;"),
+            url.replace("?", "\\?").replace("=", "\\=").replace("&", "\\&"),
+            f"\ufeff{url[:half]}\u200b{url[half:]}", f"{query}&iss=https://p.example",
         ]
 
     def test_every_form_of_the_same_redirect_is_taken(self):
@@ -2589,8 +2660,8 @@ class CompleteTest(unittest.TestCase):
         refused = [
             "", " \n", "hello", "https://", "http://localhost:8080/cb", "?",
             "ftp://localhost:8080/cb?" + query, request, query[:30], "x" * 60_000, "\0" + url[1:],
-            "?error=access_denied", "user:pw@" + url, url + "&x=y" * 200, url + "&code=other",
-            url + f"&state={state}",
+            "?error=access_denied", url.replace("//", "//user:pw@"), url + "&x=y" * 200,
+            url + "&code=other", url + f"&state={state}",
             *(url.replace(*change) for change in (
                 ("http:", "https:"), ("8080", "8081"), (":8080", ""), ("localhost", "127.0.0.1"),
                 ("/cb", "/"), ("/cb", "/cb/"), ("a=b&", ""), (state, "forged"), ("state", "s"),
@@ -2603,6 +2674,16 @@ class CompleteTest(unittest.TestCase):
                 self.assertRegex(reply, "^error:[A-Z].{20,}")
                 self.assertEqual((self.world.status(), self.world.posts), (before, []))
         self.assertEqual(len(self.world.park(f"complete:{url}")), 0)
+
+    def test_the_sentence_says_what_is_wrong_with_it(self):
+        for text, sentence in (
+            (self.url.replace("state", "s"), "redirect, for it has no 'state': paste all that"),
+            (self.url.replace("8080", "8081"), "This is not the address that account x redirects"
+             " to, which begins with http://localhost:8080/cb. The login still waits."),
+            (self.url.replace("state=", "state=0"), "The login that this address belongs to has"),
+        ):
+            (reply,) = self.world.park(f"complete:{text}")
+            self.assertIn(sentence, reply)
 
     def test_an_error_in_it_ends_the_login_as_at_the_listener(self):
         text = self.url.replace("code=c0de%2F1", "error=access_denied&error_description=No+%27t")
@@ -2624,7 +2705,7 @@ class CompleteTest(unittest.TestCase):
     def test_it_does_not_wait_for_ever_and_tells_how_the_login_failed(self):
         replies = self.world.park(f"complete:{self.url}")
         self.world.wait(75)
-        self.assertEqual(replies, ["error:pizauth processing authentication. 'pizauth status' tells"
+        self.assertEqual(replies, ["error:The provider has not answered yet. 'pizauth status' tells"
                                    " how it ends."])
         replies = self.world.park(f"complete:{self.url}")  # the code is posted once only
         self.world.posts.pop().answer(400, error="invalid_grant")
@@ -3558,6 +3639,7 @@ class History:
         self.notified = {"x": -9, "y": -9}  # when its person was last notified
         self.dead, self.states, self.dumps = [], [], []
         self.device = None  # what is known of y's login while it is pending
+        self.asked = -9  # when a device code was last asked for
         self.parked = []  # clients that wait for a device code: since when, and their replies
 
     def text(self):
@@ -3814,6 +3896,8 @@ class History:
                 if known and not isinstance(self.model.accounts[owner], dict):
                     self.bury(owner)
                     self.model.change(owner, self.revived(token))
+                    if owner == "y" and self.parked and self.expired("y") is None:
+                        self.model.accounts["y"] = "pending"  # asked for by who waits
         if b % 5 == 0:
             assert self.world.restore(b"junk" * 9).startswith("error:")
 
@@ -3863,7 +3947,7 @@ class History:
         for name in self.model.accounts:
             self.expired(name)
         device = self.device
-        if device and not self.live["y"] and self.now() >= max(device["due"], device["expires"]):
+        if device and not self.live["y"] and self.now() >= device["expires"]:
             self.model.change("y", None)
             self.device = None
         self.world.auth.run_due()
@@ -3872,6 +3956,9 @@ class History:
             owner = post.form["client_secret"][0]
             assert self.live[owner] is None, "two requests in flight for one account"
             assert post.form["client_secret"] == f"{owner}{self.model.identity[owner]}"
+            if "grant_type" not in post.form:
+                assert self.now() >= self.asked + 5, "requests for a code come as a storm"
+                self.asked = self.now()
             if "device_code" in post.form:
                 assert self.now() >= self.device["due"], "polled too soon"
                 assert self.now() < self.device["expires"], "polled in vain"
@@ -4528,12 +4615,42 @@ class ConnectionsTest(Parts):
         peers[0].send(b"x:")
         peers[0].shutdown(socket.SHUT_WR)
         self.pump()  # parked now
-        self.assertTrue(self.connections.make_room("control"))
-        self.assertTrue(self.connections.make_room("browser"))
+        self.connections.make_room("control")
+        self.connections.make_room("browser")
         self.assertEqual(self.open(), 255)
         self.assertEqual(peers[1].recv(1), b"")
         self.requests[0][1](b"still here")
         self.assertEqual(self.received(peers[0]), b"still here")
+
+    def parked(self, count, peer="control", frame=pizauth.until_eof, request=b"x:"):
+        """So many clients that wait for an answer."""
+        peers = [self.connect(peer, frame) for _ in range(count)]
+        for one in peers:
+            one.send(request)
+            if peer == "control":
+                one.shutdown(socket.SHUT_WR)
+        self.pump()
+        return peers
+
+    def test_where_all_wait_those_that_hung_up_make_room_and_then_who_waited_longest(self):
+        peers = self.parked(256)
+        for gone in (7, 100):
+            peers[gone].close()
+        self.connections.make_room("control")
+        self.assertEqual(self.open(), 254)
+        self.parked(2)
+        self.connections.make_room("control")
+        self.assertEqual(self.open(), 255)
+        self.assertEqual(self.received(peers[0]),
+                         b"error:Too many clients wait at once: try again later")
+        self.requests[1][1](b"still here")
+        self.assertEqual(self.received(peers[1]), b"still here")
+
+    def test_browsers_that_all_wait_make_room_by_a_page(self):
+        peers = self.parked(128, "browser", pizauth.http_head, WireTest.GOOD)
+        self.connections.make_room("browser")
+        self.assertEqual(self.open("browser"), 127)
+        self.assertEqual(text_of(self.received(peers[0])), (503, "Too many browsers wait at once."))
 
     def test_out_of_descriptors_accepting_pauses_and_goes_on(self):
         listener, address = self.listener()
@@ -5872,7 +5989,7 @@ class CommandLineTest(unittest.TestCase):
                     [sys.executable, "-c", script], stdin=source, cwd=HERE, text=True,
                     capture_output=True, timeout=20, env=self.daemon.environment)
                 self.fails(types.SimpleNamespace(**{**vars(done), "stdout": ""}),
-                           "Standard input is longer than 16384 KiB")
+                           "Standard input is no dump: it is longer than 16384 KiB")
                 self.assertLess(int(done.stdout), 48 << 20)
 
     def test_a_configuration_may_come_from_a_descriptor(self):
@@ -6543,9 +6660,9 @@ class EndToEndTest(unittest.TestCase):
                                           start_new_session=True)
                 os.close(terminal)
                 shown = b""
-                while b"after the login: " not in shown:
+                while b"press Enter:" not in shown:
                     shown += os.read(master, 4096)
-                text = wrap(self.redirected(daemon)).encode() + b"\n"
+                text = b"\n" + wrap(self.redirected(daemon)).encode() + b"\n"
                 while text:  # a terminal takes a few at a time, and echoes them
                     text = text[os.write(master, text[:500]) :]
                     shown += os.read(master, 99_999)
