@@ -958,6 +958,7 @@ def sensible_life(expires_in: object) -> float | None:
 
 REQUEST_LIMIT = 64 << 10  # Bytes of a control request.
 RESTORE_LIMIT = 16 << 20  # Bytes of one that brings a dump.
+WISH_LIMIT = 86400  # Seconds that a client may wait, or want a token to last.
 HEAD_LIMIT = 64 << 10  # Bytes of an HTTP head: browsers send the cookies of all localhost.
 HTTPS_HERE = ("it came by HTTPS to the HTTP port. Probably a program on localhost once told the"
               " browser to use only HTTPS there (HSTS). Make the browser forget that (in Chromium"
@@ -978,6 +979,30 @@ def until_eof(buffer: bytearray, eof: bool) -> bytes | None:
     if len(buffer) > limit:
         raise RequestError(f"The request is longer than {limit >> 10} KiB")
     return bytes(buffer) if eof else None
+
+
+class Wish(Record):
+    """What a client of `showtoken` or `refresh` wants; times are in seconds."""
+
+    withurl: bool = False
+    json: bool = False
+    wait: int = 0  # how long it waits for a refresh or an authorisation
+    life: int = 0  # how long the token must last
+
+
+def read_wish(words: str) -> Wish:
+    """The meaning of option words, separated by commas; unknown ones mean nothing. Raises
+    RequestError."""
+    wish = Wish()
+    for word in words.split(","):
+        name, _, value = word.partition("=")
+        if name in ("wait", "life"):
+            if not re.fullmatch("[0-9]{1,5}", value) or int(value) > WISH_LIMIT:
+                raise RequestError(f"'{name}' takes a number of seconds, at most {WISH_LIMIT}")
+            setattr(wish, name, int(value))
+        elif word in ("withurl", "json"):
+            setattr(wish, word, True)
+    return wish
 
 
 def http_head(buffer: bytearray, eof: bool) -> tuple[str, str] | None:
@@ -1174,10 +1199,10 @@ class Pending(Record):
         if self.retry_at is not None:
             yield self.retry_at, "proceed"
 
-    def reply(self, with_url: bool) -> bytes:
+    def reply(self, with_url: bool) -> str:
         """The reply to a control client that wants a token."""
         code = f" and code {self.user_code}" if self.user_code else ""
-        return f"pending:{self.url}{code}".encode() if with_url else b"pending:"
+        return f"pending:{self.url}{code}" if with_url else "pending:"
 
     def status(self, clock: Clock) -> str:
         """The state as `status` prints it."""
@@ -1193,15 +1218,15 @@ class RedirectLogin(Pending):
     code_verifier: str
     redirect_uri: str
 
-    def reply(self, with_url: bool) -> bytes:
+    def reply(self, with_url: bool) -> str:
         """The same, but no URL once the person has been there."""
         if self.form is None:
             return super().reply(with_url)
         if self.tries > 1 or self.retry_at is not None:
-            return (b"error:The login is being completed: exchanging its code failed (see 'pizauth"
-                    b" status') and is being retried. Do not log in again")
-        return (b"error:The login is being completed: its code is being exchanged for a token."
-                b" Do not log in again")
+            return ("error:The login is being completed: exchanging its code failed (see 'pizauth"
+                    " status') and is being retried. Do not log in again")
+        return ("error:The login is being completed: its code is being exchanged for a token."
+                " Do not log in again")
 
 
 class DeviceLogin(Pending):
@@ -1485,6 +1510,8 @@ VERDICT_LIMIT = 180  # Seconds that transient_error_if_cmd may run.
 VERDICT_FAILURES = 6  # Failures in a row between two runs of transient_error_if_cmd.
 KEEPS_LOGIN = (0, 126, 127)  # Its exit statuses that keep the login: yes, or it could not start.
 UNEXPLAINED_LIMIT = 3  # After so many such refusals in a row an expired token is dropped.
+NO_CODE_YET = ("error:The provider has not given a login code yet: ask again in a few seconds;"
+               " 'pizauth status' shows the last error")
 SUPERSEDED = "This authorization request is void: there is a newer one, or the account has changed."
 NO_REFRESH_TOKEN = ("the provider gave no refresh token, so this account must be authorised again"
                     " when its access token expires; what usually helps is the scope offline_access"
@@ -1946,16 +1973,12 @@ class Authenticator:
 
     def _refresh_now(self, rest: bytes, answer: Answer) -> None:
         """Start a refresh, or make a fresh request if there is nothing to refresh."""
-        with_url, account = self._option_and_account(rest)
+        wish, account = self._wish_and_account(rest)
         token = self._expire_if_due(account.name)
         if not isinstance(token, Active):
             self._request_authorization(account)
-            self._show(account.name, with_url, answer)
+            self._show(account.name, wish, answer)
             return
-        if token.refresh_token is None:
-            until = self._clock.date(token.expires_at)
-            raise RequestError(f"'{account.name}' has no refresh token;"
-                               f" its access token lasts until {until}")
         self._refresh_soon(account.name, token)
         answer(b"scheduled:")
 
@@ -1982,43 +2005,68 @@ class Authenticator:
         answer(b"ok:")
 
     def _showtoken(self, rest: bytes, answer: Answer) -> None:
-        with_url, account = self._option_and_account(rest)
-        self._show(account.name, with_url, answer)
+        wish, account = self._wish_and_account(rest)
+        self._show(account.name, wish, answer)
 
-    def _show(self, name: str, with_url: bool, answer: Answer, until: float | None = None) -> None:
-        """Give a client the token, or begin what leads to one and tell. Where the provider has yet
-        to give a URL, the client waits, until a moment if it has waited before."""
+    def _show(self, name: str, wish: Wish, answer: Answer, until: float | None = None) -> None:
+        """Give a client the token, or begin what leads to one and tell. The client waits if it
+        wishes to, or where the provider has yet to give a URL; until a moment if it has waited
+        before."""
 
         def tell(sign: str, text: str) -> None:
             if sign == "failed" and (self.stopping or self._tokens.get(name) is None):
                 answer(f"error:{text}".encode())
             else:  # there is a token, a URL, or a newer login
-                self._show(name, with_url, answer, until)
+                self._show(name, wish, answer, until)
 
         now, token = self._clock.now(), self._expire_if_due(name)
         token = token or self._request_authorization(self.config.accounts[name])
-        until = now + DEVICE_PATIENCE if until is None else until
-        if isinstance(token, Pending):
-            if token.url:
-                answer(token.reply(with_url))
-            elif now < until:
-                self._wait(name, until, tell)
-            else:
-                answer(b"error:The provider has not given a login code yet: ask again in a few"
-                       b" seconds; 'pizauth status' shows the last error")
-        elif now < token.expires_at:
-            answer(b"access_token:" + token.access_token.encode())
-        elif token.cancel is not None:
-            answer(b"error:Access token has expired."
-                   b" Refreshing is in progress but has not yet succeeded")
+        until = now + (wish.wait or DEVICE_PATIENCE) if until is None else until
+        if isinstance(token, Active):
+            left, refreshing = token.expires_at - now, token.cancel is not None
+            if 0 < left >= wish.life:
+                answer(f"access_token:{self._token_text(name, token, wish)}".encode())
+                return
+            try:
+                life = token.expires_at - token.obtained_at
+                if life < wish.life:
+                    raise RequestError(f"The access tokens of {name} last only {life:.0f} s:"
+                                       " give -l less than that")
+                self._refresh_soon(name, token)
+            except RequestError as error:
+                answer(error_reply(error))
+                return
+            reply = "error:Access token " + ("will expire too soon" if left > 0 else "has expired")
+            reply += (". Refreshing is in progress but has not yet succeeded" if refreshing else
+                      ". Refreshing initiated")
         else:
-            self._refresh_soon(name, token)
-            answer(b"error:Access token has expired. Refreshing initiated")
+            reply = token.reply(wish.withurl) if token.url else NO_CODE_YET
+        if now < until and (wish.wait or reply is NO_CODE_YET):
+            self._wait(name, until, tell)
+        else:
+            answer(reply.encode())
+
+    def _token_text(self, name: str, token: Active, wish: Wish) -> str:
+        """The access token, or a JSON object with what is known of it."""
+        if not wish.json:
+            return token.access_token
+        return json.dumps({
+            "access_token": token.access_token, "token_type": "Bearer", "account": name,
+            "expires_at": self._epoch(token.expires_at),
+            "scope": " ".join(self.config.accounts[name].scopes)})
+
+    def _epoch(self, moment: float) -> int:
+        """A moment in seconds since the epoch."""
+        return int(self._clock.wall() - self._clock.now() + moment)
 
     def _shutdown(self, rest: bytes, answer: Answer) -> None:
         self.stopping = True  # the client's connection is closed last of all
 
     def _status(self, rest: bytes, answer: Answer) -> None:
+        if rest == b"json":
+            rows = [self._status_row(name) for name in sorted(self._tokens)]
+            answer(b"ok:" + json.dumps(rows).encode())
+            return
         lines = [self._status_line(name) for name in sorted(self._tokens)]
         answer(("ok:" + "\n".join(lines)).encode() if lines else b"error:No accounts configured")
 
@@ -2035,7 +2083,7 @@ class Authenticator:
         try:
             if not colon or verb not in self._VERBS:
                 raise RequestError("Unknown request: do client and server differ in version?")
-            if rest and verb in self._ALONE:
+            if rest and verb in self._ALONE and request != b"status:json":
                 raise RequestError(f"Nothing may follow '{verb.decode()}:' in this version")
             self._log(TRACE, f"Control request: {verb.decode()}")
             self._VERBS[verb](self, rest, answer)
@@ -2043,10 +2091,10 @@ class Authenticator:
             self._log(error.level, f"A control request was refused: {error}")
             answer(error_reply(error))
 
-    def _option_and_account(self, rest: bytes) -> tuple[bool, Account]:
-        """Split `OPTION NAME`: whether the URL is wanted, and the account."""
-        option, _, name = rest.partition(b" ")
-        return option == b"withurl", self._account(name)
+    def _wish_and_account(self, rest: bytes) -> tuple[Wish, Account]:
+        """Split `OPTION NAME`: the option's words, and the account."""
+        words, _, name = rest.partition(b" ")
+        return read_wish(words.decode("ascii", "replace")), self._account(name)
 
     def _account(self, raw: bytes) -> Account:
         name = raw.decode("utf-8", "replace")
@@ -2063,7 +2111,12 @@ class Authenticator:
         return self._tokens[name]
 
     def _refresh_soon(self, name: str, token: Active) -> None:
-        """Refresh as soon as allowed, whatever the schedule or Retry-After say."""
+        """Refresh as soon as allowed, whatever the schedule or Retry-After say. Raises RequestError
+        if there is no refresh token."""
+        if token.refresh_token is None:
+            until = self._clock.date(token.expires_at)
+            raise RequestError(f"'{name}' has no refresh token; its access token lasts until"
+                               f" {until}")
         if self.stopping or token.cancel is not None and not token.judging:
             return  # its result would be lost, or a refresh runs already
         if token.cancel is None and token.not_before <= self._clock.now():
@@ -2088,6 +2141,24 @@ class Authenticator:
             at, error = self._errors[name]
             text += f"; last error at {self._clock.date(at)}: {error}"
         return f"{printable(name)}: {text}"
+
+    def _status_row(self, name: str) -> dict[str, Any]:
+        """What `status -j` says about an account; times are in seconds since the epoch."""
+        token = self._tokens[name]
+        row: dict[str, Any] = dict.fromkeys((
+            "obtained_at", "expires_at", "last_error", "last_error_at", "url", "user_code"))
+        row.update(account=name, state="empty", refresh_token=False)
+        if isinstance(token, Active):
+            row.update(state="active" if self._clock.now() < token.expires_at else "expired",
+                       obtained_at=self._epoch(token.obtained_at),
+                       expires_at=self._epoch(token.expires_at),
+                       refresh_token=token.refresh_token is not None)
+        elif token is not None:
+            row.update(state="pending", url=token.url or None, user_code=token.user_code or None)
+        if name in self._errors:
+            at, row["last_error"] = self._errors[name]
+            row["last_error_at"] = self._epoch(at)
+        return row
 
     # Reload, and the end.
 
@@ -3505,6 +3576,7 @@ def leave_terminal(writer: int, server: Server) -> None:
 
 CLIENT_TIMEOUT = 10  # Seconds that a client waits for the server's next byte.
 CONNECT_AGAIN = 0.05  # Seconds until a client that found the socket's queue full tries again.
+WAIT = 60  # Seconds that `show -w` waits if it is not told how long.
 PASTED = 0.5  # Seconds after which no more lines of a pasted address are expected.
 NO_SERVER = "pizauth authenticator not running or not responding"
 
@@ -3592,16 +3664,24 @@ def ask(request: bytes, patience: float = 0) -> bytes:
     return bytes(reply)
 
 
+class Refused(PizauthError):
+    """The server's own reason for an error; `pending` if it is that the person must log in."""
+
+    def __init__(self, text: str, pending: bool) -> None:
+        super().__init__(text)
+        self.pending = pending
+
+
 def request(verb: bytes, rest: bytes = b"", kind: bytes = b"ok",
             patience: float = 0) -> str:
     """The text of a reply of this kind. Raises PizauthError with the reason if it is another."""
     reply = ask(verb + b":" + rest, patience)
     got, _, raw = reply.partition(b":")
     text = raw.decode("utf-8", "replace")
-    if got == b"error":
-        raise PizauthError(text)
     if got == b"pending":
-        raise PizauthError(f"Access token unavailable until authorised with URL {text}".rstrip())
+        text = f"Access token unavailable until authorised with URL {text}".rstrip()
+    if got in (b"error", b"pending"):
+        raise Refused(text, got == b"pending")
     if not reply:
         raise PizauthError("The server ended before it answered")
     if got != kind:
@@ -3609,13 +3689,55 @@ def request(verb: bytes, rest: bytes = b"", kind: bytes = b"ok",
     return text
 
 
-def url_and_account(options: argparse.Namespace) -> bytes:
-    """The rest of a request about an account: whether its URL is wanted, and its name."""
-    return (b"withouturl " if options.without_url else b"withurl ") + os.fsencode(options.account)
+def request_with_reason(verb: bytes, words: str, account: str, kind: bytes,
+                        patience: float = 0) -> str:
+    """A request about an account; its error starts with why the account's last attempt failed."""
+    try:
+        return request(verb, f"{words} ".encode() + os.fsencode(account), kind, patience)
+    except Refused as error:
+        raise Refused(last_error(account) + str(error), error.pending) from None
 
 
-def print_token(rest: bytes) -> None:
-    put(request(b"showtoken", rest, b"access_token") + "\n")
+def last_error(account: str) -> str:
+    """Why the account's last attempt failed, and `; `; empty if it did not, or nobody knows."""
+    import json
+
+    try:
+        rows = json.loads(request(b"status", b"json"))
+        reason = {row["account"]: row["last_error"] for row in rows}.get(account)
+    except (PizauthError, ValueError, TypeError, KeyError):
+        return ""  # the original's server does not know that request
+    return f"{reason}; " if reason else ""
+
+
+def print_token(account: str) -> None:
+    put(request_with_reason(b"showtoken", "withurl", account, b"access_token") + "\n")
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print a token, after waiting for it if asked to; the URL to log in with is shown at once."""
+    words = "withouturl" if options.without_url else "withurl"
+    words += (f",life={options.life}" if options.life else "") + (",json" if options.json else "")
+    try:
+        text = request_with_reason(b"showtoken", words, options.account, b"access_token")
+    except Refused as error:
+        if not options.wait:
+            raise
+        if error.pending:
+            complain(f"WARNING - {error}")
+        text = request_with_reason(b"showtoken", f"{words},wait={options.wait}", options.account,
+                                   b"access_token", options.wait)
+    put((text if options.user is None else with_xoauth2(text, options.user, options.json)) + "\n")
+
+
+def with_xoauth2(text: str, user: str, as_json: bool) -> str:
+    """The initial response of SASL XOAUTH2 in place of a token, or besides in its JSON."""
+    import base64, json
+
+    about = json.loads(text) if as_json else {"access_token": text}
+    response = f"user={user}\x01auth=Bearer {about['access_token']}\x01\x01"
+    encoded = base64.b64encode(os.fsencode(response)).decode()
+    return json.dumps({**about, "xoauth2": encoded}) if as_json else encoded
 
 
 def info(options: argparse.Namespace) -> None:
@@ -3734,18 +3856,36 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str
     "dump": (dump, "write the tokens to standard output", ()),
     "info": (info, "print where things are and what the server says about itself",
              ("-c --config", "-j")),
-    "refresh": (lambda options: request(b"refresh", url_and_account(options), b"scheduled"),
+    "refresh": (lambda options: request_with_reason(
+                    b"refresh", "withouturl" if options.without_url else "withurl",
+                    options.account, b"scheduled"),
                 "ask for a new access token now", ("-u", "account")),
     "reload": (lambda _: request(b"reload"), "have the server read its configuration again", ()),
     "restore": (restore, "read tokens from a dump on standard input", ()),
     "revoke": (lambda options: request(b"revoke", os.fsencode(options.account)),
                "have the server forget an account's tokens", ("account",)),
     "server": (server, "start the server", ("-c --config", "-d")),
-    "show": (lambda options: print_token(url_and_account(options)),
-             "print an access token", ("-u", "account")),
+    "show": (show, "print an access token", ("-u", "-w", "-l", "-j", "-x", "account")),
     "shutdown": (lambda _: ask(b"shutdown:"), "stop the server", ()),
-    "status": (lambda _: put(request(b"status") + "\n"), "print a line about each account", ()),
+    "status": (lambda options: put(request(b"status", b"json" if options.json else b"") + "\n"),
+               "print a line about each account", ("-j",)),
 }
+
+
+def seconds(text: str) -> int:
+    """An argument that is a number of seconds."""
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) <= WISH_LIMIT):
+        raise ValueError
+    return int(text)
+
+
+def sasl_user(text: str) -> str:
+    """An argument that is a user's name for SASL."""
+    if not text or not text.isprintable():
+        raise ValueError
+    return text
+
+
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "account": {"metavar": "ACCOUNT", "help": "a configured account"},
     "url": {"metavar": "URL", "nargs": "?", "help": "the address at which the browser ended; if"
@@ -3753,6 +3893,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "-c --config": {"metavar": "FILE", "help": "the configuration file"},
     "-d": {"dest": "foreground", "action": "store_true", "help": "stay in the foreground"},
     "-j": {"dest": "json", "action": "store_true", "help": "print JSON"},
+    "-l": {"dest": "life", "metavar": "SECONDS", "type": seconds, "default": 0,
+           "help": "want a token that lasts so long, at most a day; refresh it first if need be"},
+    "-w": {"dest": "wait", "metavar": "SECONDS", "type": seconds, "default": 0,
+           "help": f"wait for a token, {WAIT} seconds if none are given, at most a day"},
+    "-x": {"dest": "user", "metavar": "USER", "type": sasl_user,
+           "help": "print the SASL XOAUTH2 initial response for this user of the mail server"},
     "-u": {"dest": "without_url", "action": "store_true", "help": "leave the URL out of the error"},
     "-v --verbose": {"dest": "verbose", "action": "count", "default": 0,
                      "help": "log more, up to four times (server)"},
@@ -3791,8 +3937,11 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if len(arguments) == 2 and arguments[0] == "show" and not arguments[1].startswith("-"):
-            print_token(b"withurl " + os.fsencode(arguments[1]))
+            print_token(arguments[1])
         else:
+            for at, argument in enumerate(arguments):
+                if argument == "-w" and not "".join(arguments[at + 1 : at + 2]).isdigit():
+                    arguments = [*arguments[:at], f"-w{WAIT}", *arguments[at + 1 :]]
             parser = command_line()
             options = parser.parse_args(arguments)
             if options.function is None:

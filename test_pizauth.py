@@ -2730,6 +2730,177 @@ class CompleteTest(unittest.TestCase):
                     self.assertTrue(target.startswith("/"))
 
 
+# ---- What `show` may be asked besides ----
+
+
+class ShowTest(unittest.TestCase):
+    """The option words of `showtoken`, and `status:json`."""
+
+    def show(self, world, *words, name="x"):
+        """The reply, if there is one yet, to `showtoken` with these words."""
+        return world.park(f"showtoken:{','.join(words)} {name}")
+
+    def test_every_word_alone_and_every_pair_on_a_token(self):
+        world = World(account("x", 'scopes = ["a", "b"];'))
+        world.authorise(access_token="at1", expires_in=3600)
+        about = {"access_token": "at1", "token_type": "Bearer", "account": "x", "scope": "a b",
+                 "expires_at": int(world.clock.wall()) + 3600}
+        words = ("withurl", "withouturl", "wait=5", "life=3600", "json", "unknown", "")
+        for first in words:
+            for second in words:
+                with self.subTest(first=first, second=second):
+                    (reply,) = self.show(world, first, second)
+                    kind, _, text = reply.partition(":")
+                    self.assertEqual(kind, "access_token")
+                    if "json" in (first, second):
+                        self.assertEqual(json.loads(text), about)
+                    else:
+                        self.assertEqual(text, "at1")
+
+    def test_bad_values_are_refused_by_a_sentence_and_change_nothing(self):
+        world = World()
+        for word in ("wait=", "wait", "wait=x", "wait=-1", "wait=1.5", "wait=86401", "wait=1e9",
+                     "life=", "life", "life=999999", "life=٣", "wait=" + "9" * 5000):
+            with self.subTest(word=word[:20]):
+                (reply,) = self.show(world, "withurl", word)
+                self.assertEqual(reply, f"error:'{word[:4]}' takes a number of seconds, at most"
+                                        " 86400")
+        self.assertEqual(world.status(), "ok:x: No access token")
+
+    def test_the_url_is_given_if_any_word_is_withurl(self):
+        world = World()
+        for words, given in ((("withurl",), True), (("json", "withurl"), True),
+                             (("life=5", "withurl", "json"), True), (("json",), False),
+                             (("withouturl", "life=5"), False), (("withurlx",), False)):
+            (reply,) = self.show(world, *words)
+            self.assertEqual(reply != "pending:", given)
+
+    def test_two_hundred_clients_wait_for_one_authorisation_and_are_answered_at_once(self):
+        world = World()
+        waiting = [self.show(world, "withurl", "wait=600") for _ in range(200)]
+        other = self.show(world, "withurl", "wait=600", name="nope")
+        self.assertTrue(other[0].startswith("error:No account"))
+        state = world.state()
+        world.visit(f"/?state={state}&code=c")
+        world.wait(20)
+        self.assertEqual(waiting, [[]] * 200)
+        world.posts.pop().grant("at1")
+        self.assertEqual(waiting, [["access_token:at1"]] * 200)
+        self.assertEqual(world.auth._waiters, [])
+
+    def test_the_outcome_of_what_is_waited_for_is_told_whatever_it_is(self):
+        sealed = World.dump(World.authorised(access_token="restored"))
+        for act, reply in (
+            (lambda world: world.visit(f"/?state={world.state()}&error=access_denied"),
+             "error:Authentication for x failed: access_denied"),
+            (lambda world: world.ask("revoke:x"), "error:This authorization request is void"),
+            (lambda world: world.reload(account("y")), "error:This authorization request is void"),
+            (lambda world: world.restore(sealed), "access_token:restored"),
+            (lambda world: (world.ask("shutdown:"), world.auth.answer_waiting()),
+             "error:pizauth was stopped"),
+            (lambda world: world.wait(60), f"pending:{World().show()[8:20]}"),
+        ):
+            world = World()
+            replies = self.show(world, "withurl", "wait=60")
+            world.wait(59.9)
+            self.assertEqual(replies, [])
+            act(world)
+            self.assertEqual(len(replies), 1)
+            self.assertTrue(replies[0].startswith(reply), replies)
+
+    def test_a_refresh_is_waited_for_over_failures(self):
+        world = World()
+        world.authorise(expires_in=60)
+        world.clock.advance(60)
+        replies = self.show(world, "withurl", "wait=300", "json")
+        for _ in range(3):
+            world.posts.pop().fail()
+            world.wait(40)
+        self.assertEqual(replies, [])
+        world.posts.pop().grant("at2")
+        self.assertIn('access_token:{"access_token": "at2"', replies[0])
+
+    def test_a_lost_login_is_told_to_whom_waits_for_a_refresh(self):
+        world = World()
+        world.authorise(expires_in=60)
+        world.clock.advance(60)
+        replies = self.show(world, "withurl", "wait=300")
+        world.posts.pop().answer(400, error="invalid_grant")
+        self.assertEqual(replies, ["error:Refreshing x failed: HTTP 400: invalid_grant"])
+
+    def test_a_device_code_ends_no_wait(self):
+        world = World(DEVICE.format("x", ""))
+        waiting = self.show(world, "withurl", "wait=100")
+        plain = self.show(world, "withurl")
+        world.posts.pop().answer(**CODE)
+        self.assertEqual((waiting, plain), ([], [PENDING]))
+        world.wait(5)
+        world.posts.pop().grant("at1")
+        self.assertEqual(waiting, ["access_token:at1"])
+
+    def test_a_token_with_too_little_life_is_refreshed_first(self):
+        world = World()
+        world.authorise(expires_in=3600)
+        world.wait(2000)
+        self.assertEqual(self.show(world, "life=1600"), ["access_token:at1"])
+        self.assertEqual(world.posts, [])
+        soon = "error:Access token will expire too soon. Refreshing "
+        self.assertEqual(self.show(world, "life=1601"), [soon + "initiated"])
+        self.assertEqual(self.show(world, "life=1601"),
+                         [soon + "is in progress but has not yet succeeded"])
+        self.assertEqual(self.show(world), ["access_token:at1"])
+        waiting = self.show(world, "life=1601", "wait=9")
+        world.posts.pop().grant("at2")
+        self.assertEqual(waiting, ["access_token:at2"])
+
+    def test_tokens_that_never_last_so_long_are_an_error_and_no_storm(self):
+        world = World()
+        world.authorise(expires_in=60)
+        told = "error:The access tokens of x last only {} s: give -l less than that"
+        for words in (("life=61",), ("life=61", "wait=5")):
+            self.assertEqual(self.show(world, *words), [told.format(60)])
+        self.assertEqual(world.posts, [])
+        world.wait(2)
+        waiting = self.show(world, "life=60", "wait=5")
+        world.posts.pop().grant("short", expires_in=30)
+        self.assertEqual(waiting, [told.format(30)])
+
+    def test_without_a_refresh_token_too_little_life_is_an_error_with_its_end(self):
+        world = World()
+        world.authorise(refresh_token=None, expires_in=60)
+        world.wait(20)
+        for words in (("life=50",), ("life=50", "wait=5")):
+            (reply,) = self.show(world, *words)
+            self.assertIn("error:'x' has no refresh token; its access token lasts until", reply)
+
+    def test_status_as_json(self):
+        world = World(account("b") + account("a") + DEVICE.format("d", ""))
+        rows = {row["account"]: row for row in json.loads(world.ask("status:json")[3:])}
+        self.assertEqual(list(rows), ["a", "b", "d"])
+        nothing = dict.fromkeys(("obtained_at", "expires_at", "last_error", "last_error_at", "url",
+                                 "user_code"))
+        self.assertEqual(rows["a"], {"account": "a", "state": "empty", "refresh_token": False,
+                                     **nothing})
+        url, wall = world.show("a")[8:], int(world.clock.wall())
+        world.authorise("b", expires_in=60)
+        world.park("showtoken:withurl d")
+        world.posts.pop().answer(**CODE)
+        world.refresh("b")
+        world.posts.pop().fail("down")
+        rows = {row["account"]: row for row in json.loads(world.ask("status:json")[3:])}
+        self.assertEqual(rows["a"], {**nothing, "account": "a", "state": "pending", "url": url,
+                                     "refresh_token": False})
+        self.assertEqual(rows["b"], {
+            **nothing, "account": "b", "state": "active", "obtained_at": wall,
+            "expires_at": wall + 60, "last_error_at": wall, "refresh_token": True,
+            "last_error": "Refreshing b failed, and will be tried again: down"})
+        self.assertEqual(rows["d"]["user_code"], "ABCD-EFGH")
+        world.clock.advance(60)
+        rows = {row["account"]: row for row in json.loads(world.ask("status:json")[3:])}
+        self.assertEqual(rows["b"]["state"], "expired")
+        self.assertNotIn("at1", world.ask("status:json"))
+
+
 # ---- The control protocol ----
 
 
@@ -5690,12 +5861,11 @@ class CommandLineTest(unittest.TestCase):
             cls.daemon = Daemon(account("x")).__enter__()
             cls.addClassCleanup(cls.daemon.__exit__)
 
-    def run_in(self, directory, *arguments, **more):
+    def run_in(self, directory, *arguments, program=CACHED):
         environment = {
             **self.daemon.environment, "XDG_RUNTIME_DIR": directory, "XDG_CONFIG_HOME": directory}
-        return subprocess.run(
-            [*CACHED, *arguments], env={**environment, **more},
-            capture_output=True, text=True, timeout=30)
+        return subprocess.run([*program, *arguments], env=environment,
+                              capture_output=True, text=True, timeout=30)
 
     def fails(self, done, message):
         self.assertEqual(
@@ -6128,8 +6298,9 @@ class CommandLineTest(unittest.TestCase):
             with open(f"/proc/{daemon.process.pid}/maps", encoding="utf-8") as file:
                 self.assertNotRegex(file.read(), "cryptography|cffi")
 
-    def replied(self, reply, *arguments):
-        """What a client does that gets this reply."""
+    def replied(self, reply, *arguments, program=CACHED):
+        """What a client does that gets this reply, or these, one a connection."""
+        replies = [reply] if isinstance(reply, bytes) else reply
         with tempfile.TemporaryDirectory(prefix="piz") as directory, \
                 socket.socket(socket.AF_UNIX) as server:
             os.mkdir(f"{directory}/pizauth", 0o700)
@@ -6137,14 +6308,15 @@ class CommandLineTest(unittest.TestCase):
             server.listen()
 
             def answer():
-                with server.accept()[0] as client:
-                    while client.recv(99):
-                        pass
-                    client.sendall(reply)
+                for one in replies:
+                    with server.accept()[0] as client:
+                        while client.recv(99):
+                            pass
+                        client.sendall(one)
 
             thread = threading.Thread(target=answer)
             thread.start()
-            done = self.run_in(directory, *arguments)
+            done = self.run_in(directory, *arguments, program=program)
             thread.join()
             return done
 
@@ -6193,19 +6365,103 @@ class CommandLineTest(unittest.TestCase):
             (1, "ERROR - Cannot write to standard output: No space left on device\n"))
 
     def test_a_plain_show_imports_no_large_module(self):
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", PROGRAM, "show", "x"],
-            env=self.daemon.environment, capture_output=True, text=True)
+        done = self.replied(b"access_token:t", "-X", "importtime", PROGRAM, "show", "x",
+                            program=[sys.executable])
         bare = subprocess.run(
             [sys.executable, "-X", "importtime", "-c", ""], capture_output=True, text=True)
         loaded, anyway = (
             set(re.findall(r"\| +(\S+)$", text.stderr, re.MULTILINE)) for text in (done, bare))
         loaded -= anyway
+        self.assertEqual(done.stdout, "t\n")
         self.assertIn("_socket", loaded)
         self.assertEqual(
             loaded & {
                 "socket", "re", "argparse", "json", "typing", "enum", "subprocess", "selectors"},
             set())
+
+    def test_the_reason_of_the_last_failure_comes_first_and_the_url_last(self):
+        pending, url = b"pending:http://u", "unavailable until authorised with URL http://u"
+        rows = [{"account": "y", "last_error": "No."}, {"account": "x", "last_error": None}]
+        failed = [*rows[:1], {"account": "x", "last_error": "Refreshing x failed: HTTP 400: gone"}]
+        for status, reason in (
+            (b"error:Unknown request", ""),  # as the original says
+            (b"ok:" + json.dumps(rows).encode(), ""), (b"ok:[]", ""), (b"ok:{", ""), (b"", ""),
+            (b"ok:5", ""), (b"ok:[[]]", ""),
+            (b"ok:" + json.dumps(failed).encode(), "Refreshing x failed: HTTP 400: gone; "),
+        ):
+            for command in (("show", "x"), ("show", "-j", "x"), ("refresh", "x")):
+                with self.subTest(status=status, command=command):
+                    self.fails(self.replied([pending, status], *command),
+                               f"{reason}Access token {url}")
+            self.fails(self.replied([b"error:Access token has expired", status], "show", "x"),
+                       f"{reason}Access token has expired")
+
+    def test_every_flag_of_show_alone_and_every_pair(self):
+        with Daemon(account("work")) as daemon:
+            self.assertEqual(daemon.ask(b"restore:" + dump_of(daemon.config)), b"ok:")
+            token = daemon.show()
+            flags = {"-u": (), "-w": ("5",), "-l": ("30",), "-j": (), "-x": ("me@example.com",)}
+            encoded = base64.b64encode(f"user=me@example.com\1auth=Bearer {token}\1\1".encode())
+            for first, one in flags.items():
+                for second, other in flags.items():
+                    with self.subTest(first=first, second=second):
+                        done = daemon.run("show", first, *one, second, *other, "work")
+                        self.assertEqual((done.returncode, done.stderr), (0, ""))
+                        used, text = {first, second}, done.stdout[:-1]
+                        if "-j" in used:
+                            about = json.loads(text)
+                            self.assertEqual(about["access_token"], token)
+                            self.assertEqual(about.get("xoauth2"),
+                                             encoded.decode() if "-x" in used else None)
+                        else:
+                            self.assertEqual(text, encoded.decode() if "-x" in used else token)
+            self.assertEqual(daemon.run("show", "work", "-w").stdout, f"{token}\n")
+            self.assertEqual(daemon.run("show", "-w", "work").stdout, f"{token}\n")
+            self.assertEqual(json.loads(daemon.run("status", "-j").stdout)[0]["state"], "active")
+            for wrong in (("-w", "x", "work"), ("-w1.5", "work"), ("-w", "86401", "work"), ("-l",),
+                          ("-l", "-5", "work"), ("-l", "", "work"), ("-x", "", "work"),
+                          ("-x", "a\1b", "work"), ("-x",), ("-w", "9"), ("-l", "9" * 5000, "work")):
+                with self.subTest(wrong=[word[:9] for word in wrong]):
+                    done = daemon.run("show", *wrong)
+                    self.assertEqual((done.returncode, done.stdout), (1, ""))
+                    self.assertRegex(done.stderr, r"^usage: pizauth (.|\n)*\npizauth( show)?: .")
+
+    def test_show_w_names_the_url_at_once_and_prints_the_token_in_the_end(self):
+        provider = Provider()
+        self.addCleanup(provider.close)
+        with Daemon(provider.account()) as daemon:
+            client = subprocess.Popen([*CACHED, "show", "-w", "20", "work"], text=True,
+                                      env=daemon.environment, stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE)
+            line = client.stderr.readline()
+            self.assertRegex(line, "^WARNING - Access token unavailable until authorised with URL ")
+            visit(line.split()[-1])
+            out, error = client.communicate(timeout=20)
+            self.assertEqual((client.returncode, out, error), (0, daemon.show() + "\n", ""))
+            daemon.run("revoke", "work")
+            done = daemon.run("show", "-w1", "work")
+            self.assertEqual((done.returncode, done.stdout), (1, ""))
+            warning, error = done.stderr.splitlines()
+            self.assertEqual(warning.replace("WARNING", "ERROR"), error)
+
+    def test_three_hundred_waiting_clients_lock_nobody_out(self):
+        with Daemon(account("x")) as daemon, contextlib.ExitStack() as stack:
+            url = daemon.url("x")
+            socks = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(300)]
+            for sock in socks:
+                sock.connect(daemon.socket)
+                sock.sendall(b"showtoken:withurl,wait=600 x")
+                sock.shutdown(socket.SHUT_WR)
+                sock.settimeout(20)
+            self.assertEqual(daemon.run("show", "x").stderr.split()[-1], url)
+            self.assertEqual(socks[0].recv(99),
+                             b"error:Too many clients wait at once: try again later")
+            for sock in socks[200:]:  # these hang up, so nobody else has to make room
+                sock.close()
+            for _ in range(60):
+                self.assertEqual(daemon.url("x"), url)
+            self.assertEqual(daemon.run("shutdown").returncode, 0)
+            self.assertEqual(socks[199].recv(99), b"error:pizauth was stopped: start it again.")
 
 
 class HeaderTest(unittest.TestCase):
