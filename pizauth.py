@@ -153,7 +153,8 @@ class TokenError(PizauthError):
 class TransientError(TokenError):
     """Worth retrying; `retry_after` is in seconds. `cause` is one of
 
-    outage        no answer, or HTTP 408, 425, 429 or 5xx: only then is a code exchange retried
+    outage        no answer, or HTTP 408, 425, 429 or 5xx, or client_secret_cmd failed: only then
+                  is a code exchange retried
     passing       an error that passes by its name, or a login page of the network
     unexplained   HTTP 400 or 401 with JSON that is no OAuth error
     odd           any other answer
@@ -248,10 +249,16 @@ class Account(Schedule):
     auth_uri_fields: tuple[tuple[str, str], ...] = option("pairs", default=(), dump="pairs")
     client_id: str = option("string", dump="string")
     client_secret: str | None = option("string", default=None, dump="optional")
+    client_secret_cmd: str | None = option("string", default=None, dump="extension")
+    client_auth: str = option("client_auth", default="post", dump="extension")
     redirect_uri: str = option("uri", default="http://localhost/", dump="string")
     scopes: tuple[str, ...] = option("strings", default=(), dump="strings")
     token_uri: str = option("uri", dump="string")
+    token_uri_fields: tuple[tuple[str, str], ...] = option("pairs", default=(), dump="extension")
+    revoke_uri: str | None = option("uri", default=None, dump="extension")
     device_auth_uri: str | None = option("uri", default=None, dump="extension")
+    issuer: str | None = option("string", default=None, dump="extension")
+    expect_user: str | None = option("string", default=None, dump="extension")
     login_hint: str | None = option("string", default=None)
 
     @property
@@ -292,7 +299,9 @@ class Config(Schedule):
 LOOPBACK = (("127.0.0.1", 0), ("::1", 0))  # any free port, the same for both families
 RESERVED_KEYS = {  # of maps: pizauth sends these fields itself
     "auth_uri_fields": ("access_type", "client_id", "code_challenge", "code_challenge_method",
-                        "redirect_uri", "response_type", "scope", "state")}
+                        "redirect_uri", "response_type", "scope", "state"),
+    "token_uri_fields": ("client_id", "client_secret", "code", "code_verifier", "device_code",
+                         "grant_type", "redirect_uri", "refresh_token")}
 RENAMED = {
     "auth_error_cmd": "it is called error_notify_cmd now",
     "refresh_retry_interval": "it is called refresh_retry now",
@@ -584,6 +593,8 @@ class Parser:
             if mandatory and name not in values and option.unless not in values:
                 raise self.error(
                     place, f"{name} not specified: this account needs {name} = \"...\";")
+        if values.keys() >= {"client_secret", "client_secret_cmd"}:
+            raise self.error(place, "Both client_secret and client_secret_cmd are set: keep one")
         if "login_hint" in values and "login_hint" in dict(values.get("auth_uri_fields", ())):
             raise self.error(place, "Both login_hint and auth_uri_fields have a 'login_hint':"
                                     " keep the one in auth_uri_fields")
@@ -650,6 +661,14 @@ class Parser:
             raise self.error(lexeme, str(error)) from None
         return lexeme.value()
 
+    def client_auth(self) -> str:
+        """How the client proves who it is: `"post"` or `"basic"`."""
+        lexeme = self.lexeme
+        value = self.string()
+        if value not in ("post", "basic"):
+            raise self.error(lexeme, "client_auth is \"post\" or \"basic\"")
+        return value
+
     def listen(self) -> Addresses:
         """Where a listener listens: `none`, `off`, or a STRING `HOST:PORT`."""
         lexeme = self.lexeme
@@ -699,14 +718,17 @@ LIFE_LIMIT = 10 * 365 * 86400  # Longer lifetimes (in seconds) are ignored.
 DEVICE_LIFE = 300  # Seconds that a device code lasts if the provider does not say.
 DEVICE_INTERVAL = 5  # Seconds between two polls if the provider does not say (RFC 8628 3.2).
 CODE_LENGTH = 100  # Characters of a user code.
+SECRET_LENGTH = 4096  # Characters of a client secret.
+SECRET_LIMIT = 30  # Seconds that client_secret_cmd may run.
 ANSWER_LIMIT = 1 << 20  # Bytes of a token endpoint's answer.
 FORM_LIMIT = 64 << 10  # Bytes of an answer that is a form.
 FIELDS_LIMIT = 100  # Fields of a query or a form.
 PASSING_ERRORS = ("temporarily_unavailable", "server_error", "slow_down")
 OTHER_WORDS = ("error_code", "code", "status", "title", "message", "msg", "error_description",
                "detail")  # where errors that are not of OAuth have theirs
+USER_CLAIMS = ("email", "preferred_username", "upn")  # of ID tokens
 SECRET_FIELDS = ("code", "code_verifier", "refresh_token", "client_secret", "access_token",
-                 "device_code")
+                 "device_code", "token")
 
 
 class TokenResponse(Record):
@@ -715,6 +737,7 @@ class TokenResponse(Record):
     access_token: str
     expires_in: float | None
     refresh_token: str | None
+    users: tuple[str, ...]  # names of the person who has logged in, as far as it tells
 
 
 class DeviceResponse(Record):
@@ -755,7 +778,7 @@ def authorization_response(query: str) -> Fields:
     except ValueError:
         raise BadRequest(400, "The address has too many fields.") from None
     names = [name for name, _ in pairs]
-    for name in ("state", "code", "error", "error_description"):
+    for name in ("state", "code", "error", "error_description", "iss"):
         if names.count(name) > 1:  # RFC 6749 3.1
             raise BadRequest(400, f"The address has more than one '{name}'.")
     return dict(pairs)
@@ -764,35 +787,59 @@ def authorization_response(query: str) -> Fields:
 def access_token_request(account: Account, code: str, code_verifier: str,
                          redirect_uri: str) -> Form:
     """The form that exchanges a code for tokens (RFC 6749 4.1.3, RFC 7636 4.5)."""
-    return with_client_secret(account, [
-        ("code", code), ("client_id", account.client_id), ("code_verifier", code_verifier),
-        ("redirect_uri", redirect_uri), ("grant_type", "authorization_code")])
+    return [("code", code), ("client_id", account.client_id), ("code_verifier", code_verifier),
+            ("redirect_uri", redirect_uri), ("grant_type", "authorization_code")]
 
 
 def refresh_request(account: Account, refresh_token: str) -> Form:
     """The form that asks for a new access token (RFC 6749 6)."""
-    return with_client_secret(account, [
-        ("client_id", account.client_id), ("refresh_token", refresh_token),
-        ("grant_type", "refresh_token")])
+    return [("client_id", account.client_id), ("refresh_token", refresh_token),
+            ("grant_type", "refresh_token")]
 
 
 def device_request(account: Account) -> Form:
     """The form that asks for a device code and a user code (RFC 8628 3.1)."""
     scope = [("scope", " ".join(account.scopes))] if account.scopes else []
-    return with_client_secret(account, [("client_id", account.client_id), *scope])
+    return [("client_id", account.client_id), *scope]
 
 
 def device_token_request(account: Account, device_code: str) -> Form:
     """The form that asks for the tokens of a device login (RFC 8628 3.4)."""
-    return with_client_secret(account, [
-        ("client_id", account.client_id), ("device_code", device_code),
-        ("grant_type", "urn:ietf:params:oauth:grant-type:device_code")])
+    return [("client_id", account.client_id), ("device_code", device_code),
+            ("grant_type", "urn:ietf:params:oauth:grant-type:device_code")]
 
 
-def with_client_secret(account: Account, form: Form) -> Form:
-    """A form with the client's secret, if one is set, even if it is empty (RFC 6749 2.3.1)."""
-    secret = account.client_secret
-    return form if secret is None else [*form, ("client_secret", secret)]
+def revocation_request(account: Account, token: Active) -> Form:
+    """The form that revokes an account's tokens (RFC 7009 2.1)."""
+    kind = "access_token" if token.refresh_token is None else "refresh_token"
+    return [("client_id", account.client_id), ("token", token.refresh_token or token.access_token),
+            ("token_type_hint", kind)]
+
+
+def authenticated(account: Account, form: Form, secret: str | None) -> tuple[Form, str]:
+    """A form as sent, and its Authorization header or "". If the client has a secret, even an empty
+    one, it is in either (RFC 6749 2.3.1)."""
+    form = [*form, *account.token_uri_fields]
+    if secret is None:
+        return form, ""
+    if account.client_auth == "post":
+        return [*form, ("client_secret", secret)], ""
+    pair = ":".join(map(urllib.parse.quote_plus, (account.client_id, secret)))
+    return form, "Basic " + base64.b64encode(pair.encode()).decode()
+
+
+def printed_secret(status: int | None, output: bytes) -> str:
+    """The client secret that client_secret_cmd has printed, its first line, by the exit status and
+    output of an Ended. Raises TransientError, without the output."""
+    line = output.partition(b"\n")[0].decode("utf-8", "replace").rstrip("\r")
+    how = (f"was killed after {SECRET_LIMIT} s" if status is None else
+           f"ended with status {status}" if status else
+           "printed nothing on its first line" if not line else
+           "" if line.isprintable() and len(line) <= SECRET_LENGTH else
+           "printed a first line that is too long, or not printable")
+    if how:
+        raise TransientError(f"client_secret_cmd {how}", "outage")
+    return line
 
 
 def without_secrets(text: str, form: Form) -> str:
@@ -815,11 +862,6 @@ def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes,
     the answer from being read or followed, for the person."""
     head = f"{status} {retry_after} {whole:d} {printable(trouble)}\n"
     return head.encode("utf-8", "replace") + body
-
-
-def token_response(outcome: bytes, form: Form) -> TokenResponse:
-    """The tokens in an outcome. Raises TransientError or PermanentError, as judged() does."""
-    return judged(outcome, form, good_answer)
 
 
 def judged(outcome: bytes, form: Form, read: Callable[[dict[str, Any]], Answered],
@@ -912,7 +954,21 @@ def good_answer(answer: dict[str, Any]) -> TokenResponse:
     if token_type is not None and str(token_type).lower() != "bearer":
         raise ValueError(f"its token_type is '{str(token_type)[:100]}' instead of 'bearer'")
     return TokenResponse(access_token=access_token, refresh_token=refresh_token,
-                         expires_in=sensible_life(answer.get("expires_in")))
+                         expires_in=sensible_life(answer.get("expires_in")),
+                         users=claimed_users(answer))
+
+
+def claimed_users(answer: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the person in the claims of an ID token, or else of an access token that is a
+    JWT. No signature is checked: the answer is the token endpoint's (OpenID Connect 3.1.3.7)."""
+    for name in ("id_token", "access_token"):
+        with suppress(ValueError, IndexError):  # it is no JWT
+            payload = str(answer.get(name)).split(".")[1]
+            claims = json_object(base64.urlsafe_b64decode(payload + "==")) or {}
+            users = [claims[claim] for claim in USER_CLAIMS if isinstance(claims.get(claim), str)]
+            if users:
+                return tuple(map(printable, users))
+    return ()
 
 
 def good_device_answer(answer: dict[str, Any]) -> DeviceResponse:
@@ -1529,14 +1585,15 @@ class Waiter(Record):
 class Authenticator:
     """The accounts' tokens, and what may be done with them.
 
-    `post(kind, uri, form, then)` starts a token request, whose kind is its urgency, a key of SLOTS;
-    it returns a Cancel, and calls then(outcome) on a later pass. `run(command, environment, limit,
-    then)` does the same for a shell command; its `then` is an Ended.
+    `post(kind, uri, form, authorization, then)` starts a token request, whose kind is its urgency,
+    a key of SLOTS; it returns a Cancel, and calls then(outcome) on a later pass. `run(command,
+    environment, limit, then, capture)` does the same for a shell command; its `then` is an Ended,
+    which gets what the command prints if that is captured.
     """
 
     def __init__(self, config: Config, clock: Clock,
-                 post: Callable[[str, str, Form, Callable[[bytes], None]], Cancel],
-                 run: Callable[[str, Fields, float, Ended], Cancel],
+                 post: Callable[[str, str, Form, str, Callable[[bytes], None]], Cancel],
+                 run: Callable[[str, Fields, float, Ended, bool], Cancel],
                  log: Callable[[int, str], None]) -> None:
         self.config = config
         self.ports: dict[str, int | None] = {"http": None, "https": None}  # of redirect listeners
@@ -1550,6 +1607,8 @@ class Authenticator:
         self._waiters: list[Waiter] = []
         self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
         self._not_before: dict[str, float] = {}  # when an account's next refresh may start
+        self._secrets: dict[str, str] = {}  # what client_secret_cmd has printed for an account
+        self._issuers: set[str] = set()  # those that are known to send `iss`
         self._asked: dict[str, float] = {}  # when an account last asked for a device code
         self._notified: dict[str, float] = {}  # when an account's person was last notified
         self._events: list[tuple[str, str]] = []  # for token_event_cmd, which runs for the first
@@ -1621,12 +1680,15 @@ class Authenticator:
         for waiter in waiters:
             waiter.tell(sign, text)
 
-    def _unless_replaced(self, name: str, token: Token, then: Any) -> Callable[..., None]:
+    def _unless_replaced(self, name: str, token: Token | None, then: Any) -> Callable[..., None]:
         """A callback for the work that token.cancel stops: then(name, token, *results), unless the
-        token has been replaced meanwhile (revoked, reloaded, refreshed)."""
+        token has been replaced meanwhile (revoked, reloaded, refreshed). Without a token the work
+        is of no account's state."""
 
         def deliver(*results: Any) -> None:
-            if self._tokens.get(name) is token:
+            if token is None:
+                then(name, token, *results)
+            elif self._tokens.get(name) is token:
                 token.cancel = None
                 self._forget_deadline()
                 then(name, token, *results)
@@ -1677,16 +1739,14 @@ class Authenticator:
     def _proceed(self, name: str, pending: Pending) -> None:
         """Post the form that the login goes on with, for the first time or again: the exchange of a
         code (RFC 6749 4.1.3), or the request for a device code (RFC 8628 3.1)."""
-        form, device_auth_uri = pending.form or [], self.config.accounts[name].device_auth_uri
         pending.tries += 1
         pending.retry_at = None
-        if device_auth_uri is None:
-            self._request_token("code", name, pending, form, self._proceed_failed)
-        else:
+        if isinstance(pending, DeviceLogin):
             self._asked[name] = self._clock.now()
-            pending.cancel = self._post("device", normal_uri(device_auth_uri), form,
-                                        self._unless_replaced(name, pending, self._device_asked))
-            self._forget_deadline()
+            self._ask("device", name, pending, "device_auth_uri", pending.form or [],
+                      good_device_answer, self._device_asked, self._proceed_failed)
+        else:
+            self._request_token("code", name, pending, pending.form or [], self._proceed_failed)
 
     def _proceed_failed(self, name: str, pending: Pending, error: TokenError) -> None:
         if error.cause == "outage" and pending.tries < CODE_TRIES:
@@ -1697,13 +1757,8 @@ class Authenticator:
         else:
             self._login_failed(name, None, f"Authentication for {name} failed: {error}")
 
-    def _device_asked(self, name: str, login: DeviceLogin, outcome: bytes) -> None:
-        """Handle the outcome of a request for a device code: tell the person, and poll."""
-        try:
-            response = judged(outcome, login.form or [], good_device_answer, "device_auth_uri")
-        except TokenError as error:
-            self._proceed_failed(name, login, error)
-            return
+    def _device_asked(self, name: str, login: DeviceLogin, response: DeviceResponse) -> None:
+        """There is a device code: tell the person, and poll."""
         now = self._clock.now()
         login.url, login.user_code = response.url, response.user_code
         login.device_code, login.form = response.device_code, None
@@ -1746,22 +1801,56 @@ class Authenticator:
                        failed: Callable[[str, Any, TokenError], None]) -> None:
         """Post a form to the token endpoint. Its answer replaces the old token by an Active, or
         leads to failed(name, old, error)."""
-        used = old.access_token if isinstance(old, Active) else ""
+        self._ask(kind, name, old, "token_uri", form, good_answer, self._obtained, failed)
 
-        def judge(name: str, old: Token, outcome: bytes) -> None:
+    def _ask(self, kind: str, name: str, old: Token | None, option: str, form: Form,
+             read: Callable[[dict[str, Any]], Answered],
+             good: Callable[[str, Any, Answered], object],
+             failed: Callable[[str, Any, TokenError], None], fresh: bool = False) -> None:
+        """Post a form to an option's endpoint, once the client secret is known; `fresh` if it is
+        new. The answer leads to good(name, old, what read() makes of it) or failed(name, old,
+        error)."""
+        account = self.config.accounts[name]
+        secret = self._secrets.get(name, account.client_secret)
+        sent, authorization = authenticated(account, form, secret)
+        used = old.access_token if isinstance(old, Active) else ""
+        hidden = [*sent, ("access_token", used), ("client_secret", secret or ""),
+                  ("client_secret", authorization.rpartition(" ")[2])]
+
+        def answered(name: str, old: Token | None, outcome: bytes) -> None:
             try:
-                response = token_response(outcome, [*form, ("access_token", used)])
+                response = judged(outcome, hidden, read, option)
             except TokenError as error:
+                stale = error.error == "invalid_client" and not fresh
+                if stale and self._secrets.pop(name, None) is not None:  # it may have been renewed
+                    error = TransientError(str(error), "outage")
                 failed(name, old, error)
             else:
-                self._obtained(name, old, response)
+                good(name, old, response)
 
-        uri = normal_uri(self.config.accounts[name].token_uri)
-        old.cancel = self._post(kind, uri, form, self._unless_replaced(name, old, judge))
+        def printed(name: str, old: Token | None, status: int | None, output: bytes) -> None:
+            try:
+                self._secrets[name] = printed_secret(status, output)
+            except TransientError as error:
+                failed(name, old, error)
+            else:
+                self._ask(kind, name, old, option, form, read, good, failed, True)
+
+        if account.client_secret_cmd is not None and secret is None:
+            cancel = self._run(account.client_secret_cmd, {"PIZAUTH_ACCOUNT": name}, SECRET_LIMIT,
+                               self._unless_replaced(name, old, printed), True)
+        else:
+            uri = normal_uri(getattr(account, option))
+            cancel = self._post(kind, uri, sent, authorization,
+                                self._unless_replaced(name, old, answered))
+        if old is not None:
+            old.cancel = cancel
         self._forget_deadline()
 
     def _obtained(self, name: str, old: Token, response: TokenResponse) -> None:
-        """A new access token replaces the account's state."""
+        """A new access token replaces the account's state, if it is the right person's."""
+        if not isinstance(old, Active) and not self._is_expected(name, response.users):
+            return
         kept = old.refresh_token if isinstance(old, Active) else None
         now, refresh_token = self._clock.now(), response.refresh_token or kept
         life = response.expires_in or min(self.config.accounts[name].refresh_at_least, LIFE_LIMIT)
@@ -1771,6 +1860,19 @@ class Authenticator:
         self._replace(name, token, "token_refreshed" if isinstance(old, Active) else "token_new")
         if refresh_token is None:
             self._log(WARNING, f"{name}: {NO_REFRESH_TOKEN}")
+
+    def _is_expected(self, name: str, users: tuple[str, ...]) -> bool:
+        """Whether the right person has logged in, or nobody can know; else the login has failed."""
+        expected = self.config.accounts[name].expect_user
+        if expected is None or expected.casefold() in map(str.casefold, users):
+            return True
+        if users:
+            self._login_failed(name, None, f"Authentication for {name} failed: {users[0]} has"
+                               f" logged in: log in as {expected}, perhaps in a private window")
+        else:
+            self._log(WARNING, f"{name}: the provider does not say who has logged in, so that"
+                               " expect_user is of no use")
+        return not users
 
     def _refresh(self, name: str, token: Active) -> None:
         """Post the refresh token (RFC 6749 6)."""
@@ -1856,7 +1958,7 @@ class Authenticator:
             then(status, output)
 
         environment = {"PIZAUTH_ACCOUNT": name, **variables}
-        return self._run(getattr(self.config, option), environment, limit, ended)
+        return self._run(getattr(self.config, option), environment, limit, ended, False)
 
     def _tell_event(self, name: str, event: str) -> None:
         """Run token_event_cmd for an event, once it has ended for the events before."""
@@ -1932,7 +2034,16 @@ class Authenticator:
         self._forget_deadline()
 
     def _respond(self, name: str, pending: RedirectLogin, response: Fields) -> None:
-        """Exchange the code of an authorization response. Raises BadRequest if it has none."""
+        """Exchange the code of an authorization response. Raises BadRequest if it has none, or is
+        another issuer's (RFC 9207 2.4)."""
+        issuer, iss = self.config.accounts[name].issuer, response.get("iss")
+        if issuer is not None and iss != issuer and (iss is not None or issuer in self._issuers):
+            raise BadRequest(
+                400, f"The answer is not {issuer}'s: its 'iss' is {iss or 'missing'}.",
+                "The login still waits. Is issuer in pizauth.conf right? If so, close this page:"
+                " it comes from somebody else.", level=WARNING)
+        if iss is not None and iss == issuer:
+            self._issuers.add(iss)
         if "error" in response:
             message = f"Authentication for {name} failed: {error_words(response)}"
             self._login_failed(name, None, message)
@@ -2000,9 +2111,18 @@ class Authenticator:
 
     def _revoke(self, rest: bytes, answer: Answer) -> None:
         account = self._account(rest)
+        token = self._tokens[account.name]
         self._errors.pop(account.name, None)
         self._replace(account.name, None, "token_revoked", SUPERSEDED)
+        if isinstance(token, Active) and account.revoke_uri is not None:
+            self._ask("refresh", account.name, None, "revoke_uri",
+                      revocation_request(account, token), lambda _answer: None,
+                      lambda name, *_: self._log(INFO, f"{name}: revoked at the provider"),
+                      self._revocation_failed)
         answer(b"ok:")
+
+    def _revocation_failed(self, name: str, _token: None, error: TokenError) -> None:
+        self._failed(name, f"{name} is revoked here, but not at the provider: {error}", ERROR)
 
     def _showtoken(self, rest: bytes, answer: Answer) -> None:
         wish, account = self._wish_and_account(rest)
@@ -2165,6 +2285,7 @@ class Authenticator:
     def reconfigure(self, config: Config, ports: dict[str, int | None]) -> None:
         """Take a new configuration; an account whose options are the same keeps its state."""
         before, self.config, self.ports = self.config, config, ports
+        self._secrets.clear()
         for name, account in before.accounts.items():
             after = config.accounts.get(name)
             if after is None or dumped_options(after) != dumped_options(account):
@@ -2196,7 +2317,7 @@ AFTER_SUSPEND = 5  # Seconds more for a child whose limit passed while the machi
 DESCRIPTORS = 1024  # The soft limit: enough for all connections, and quick to close in a child.
 
 
-def run_child(work: Callable[[], bytes], pipe: int, limit: float, nice: int) -> NoReturn:
+def run_child(job: Job, pipe: int, nice: int) -> NoReturn:
     """The child's side of fork(): release the server's resources, send the result, exit. If work()
     raises, the exit status is 1 and the exception's text is sent."""
     status = 1
@@ -2209,12 +2330,14 @@ def run_child(work: Callable[[], bytes], pipe: int, limit: float, nice: int) -> 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if limit < FOR_EVER:
-            signal.alarm(int(limit) + AFTER_SUSPEND + 2)  # in case the server has died
+        if job.limit < FOR_EVER:
+            signal.alarm(int(job.limit) + AFTER_SUSPEND + 2)  # in case the server has died
         os.closerange(3, pipe)  # else we would keep a dead server's port and lock
         os.closerange(pipe + 1, DESCRIPTORS)
         try:
-            output, status = work(), 0
+            if job.capture:
+                os.dup2(pipe, 1)
+            output, status = job.work(), int(job.capture)  # that command has not started
         except PizauthError as error:
             output = str(error).encode()
         except Exception as error:  # a bug, or a module that was removed: the server reports it
@@ -2261,8 +2384,8 @@ def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
     return reason.encode("utf-8", "replace")
 
 
-def post_form(uri: str, form: Form) -> bytes:
-    """In a child: post a form; returns outcome_bytes()."""
+def post_form(uri: str, form: Form, authorization: str = "") -> bytes:
+    """In a child: post a form, with that header if it is not empty; returns outcome_bytes()."""
     import http.client
     import urllib.request
 
@@ -2280,7 +2403,8 @@ def post_form(uri: str, form: Form) -> bytes:
 
     http.client.HTTPConnection.response_class = FinalResponse  # in this process alone
     socket.create_connection = partial(connect, socket.create_connection)
-    headers = {"Accept": "application/json", "User-Agent": f"pizauth.py/{VERSION}"}
+    headers = {"Accept": "application/json", "User-Agent": f"pizauth.py/{VERSION}",
+               **({"Authorization": authorization} if authorization else {})}
     request = urllib.request.Request(uri, urllib.parse.urlencode(form).encode(), headers)
     try:
         proxies = urllib.request.ProxyHandler(proxy_for(uri))
@@ -2532,6 +2656,7 @@ class Loop:
 SLOTS = {"command": FOR_EVER, "mint": FOR_EVER, "code": 16, "device": 16, "refresh": 12}
 HOST_SLOTS = 4  # Token requests at a time to one host.
 NICE = 10  # Niceness of token requests: clients of the server come first.
+OUTPUT_LIMIT = 2 << 20  # Bytes that the server takes from a child.
 FORK_RETRY = 1  # Seconds until a fork that failed is tried again.
 LATE = 1  # Overdue by more seconds than this: the machine was suspended.
 
@@ -2544,6 +2669,7 @@ class Job(Record):
     limit: float  # in seconds from its start; at FOR_EVER it is never killed
     then: Ended
     host: str = ""  # of a token request
+    capture: bool = False  # a command's standard output is its output
     pid: int = 0  # 0: it has not been started
     pipe: int = -1  # -1: there is no more to read
     due: float = FOR_EVER  # when it is killed
@@ -2568,7 +2694,8 @@ class Children:
         self.start_at = 0
         return partial(self._cancel, job)
 
-    def post(self, kind: str, uri: str, form: Form, then: Callable[[bytes], None]) -> Cancel:
+    def post(self, kind: str, uri: str, form: Form, authorization: str,
+             then: Callable[[bytes], None]) -> Cancel:
         """Add a token request; then(outcome) at its end."""
         host = urllib.parse.urlsplit(uri).netloc
 
@@ -2580,13 +2707,14 @@ class Children:
                 reason += ": " + output.decode("utf-8", "replace")
             then(output if status == 0 else outcome_bytes(0, 0, False, reason.encode()))
 
-        return self.add(Job(kind=kind, host=host, work=partial(post_form, uri, form),
-                            limit=TOKEN_REQUEST_LIMIT, then=ended))
+        work = partial(post_form, uri, form, authorization)
+        return self.add(Job(kind=kind, host=host, work=work, limit=TOKEN_REQUEST_LIMIT, then=ended))
 
-    def run(self, command: str, variables: Fields, limit: float, then: Ended) -> Cancel:
+    def run(self, command: str, variables: Fields, limit: float, then: Ended,
+            capture: bool = False) -> Cancel:
         """Add a shell command. At its limit the shell alone is killed: a pipeline goes on."""
         work = partial(run_command, command, variables, self.descriptors)
-        return self.add(Job(kind="command", work=work, limit=limit, then=then))
+        return self.add(Job(kind="command", work=work, limit=limit, then=then, capture=capture))
 
     def in_flight(self) -> bool:
         """Whether a request runs that may bring a token."""
@@ -2680,7 +2808,7 @@ class Children:
         try:
             job.pid = os.fork()
             if job.pid == 0:
-                run_child(job.work, writer, job.limit, NICE if job.host else 0)
+                run_child(job, writer, NICE if job.host else 0)
             self.loop.selector.register(reader, selectors.EVENT_READ, partial(self._read, job))
         except OSError:  # there is no process, or no memory to watch its pipe
             os.close(reader)
@@ -2704,7 +2832,7 @@ class Children:
         except BlockingIOError:
             return False
         job.output += data
-        if not data:
+        if not data or len(job.output) > OUTPUT_LIMIT:
             self._close_pipe(job)
         return bool(data)
 

@@ -101,8 +101,9 @@ class Clock(pizauth.Clock):
 class Post:
     """A token request that was asked for: the test decides what becomes of it."""
 
-    def __init__(self, kind, uri, form, then):
+    def __init__(self, kind, uri, form, authorization, then):
         self.kind, self.uri, self.form, self.then = kind, uri, dict(form), then
+        self.authorization = authorization
         self.cancelled = False
 
     def cancel(self):
@@ -126,8 +127,9 @@ class Post:
 class Command:
     """A shell command that was asked for: the test decides how it ends."""
 
-    def __init__(self, command, variables, limit, then):
+    def __init__(self, command, variables, limit, then, capture):
         self.command, self.variables, self.limit = command, variables, limit
+        self.capture = capture
         self.then, self.cancelled = then, False
 
     def cancel(self):
@@ -240,6 +242,11 @@ class World:
 
 def query_of(url):
     return dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(url).query))
+
+
+def token_response(outcome, form):
+    """The tokens in an outcome of the token endpoint."""
+    return pizauth.judged(outcome, form, pizauth.good_answer)
 
 
 def text_of(page):
@@ -635,7 +642,11 @@ class ConfigTest(unittest.TestCase):
             'token_uri = "https://t"; client_id = "c";client_secret = "s"; '
             'auth_uri_fields = {"k": "1", "k": "2"}; scopes = ["b", "a"]; login_hint = "h";'
             'redirect_uri = "http://localhost:99/p"; refresh_at_least = 5s; '
-            'refresh_before_expiry = 6s; refresh_retry = 7s; device_auth_uri = "https://d"; }'
+            'refresh_before_expiry = 6s; refresh_retry = 7s; device_auth_uri = "https://d";'
+            'client_auth = "basic"; revoke_uri = "https://r"; token_uri_fields = {"f": "1"};'
+            'issuer = "https://i"; expect_user = "me@x"; }'
+            'account "y" { auth_uri = "https://a"; token_uri = "https://t"; client_id = "c";'
+            'client_secret_cmd = "pass show x"; }'
         )
         self.assertEqual(vars(got) | {"accounts": None}, {
             "accounts": None, "auth_notify_cmd": 'a "b" \\', "auth_notify_interval": 60,
@@ -649,6 +660,8 @@ class ConfigTest(unittest.TestCase):
             "auth_uri_fields": (("k", "1"), ("k", "2")), "client_id": "c", "client_secret": "s",
             "redirect_uri": "http://localhost:99/p", "scopes": ("b", "a"), "token_uri": "https://t",
             "device_auth_uri": "https://d", "login_hint": "h", "refresh_at_least": 5,
+            "client_auth": "basic", "client_secret_cmd": None, "revoke_uri": "https://r",
+            "token_uri_fields": (("f", "1"),), "issuer": "https://i", "expect_user": "me@x",
             "refresh_before_expiry": 6,
             "refresh_retry": 7,
         })
@@ -1109,13 +1122,16 @@ class MessagesTest(unittest.TestCase):
         self.assertEqual(pizauth.access_token_request(plain, "c", "v", "http://localhost/"), [
             ("code", "c"), ("client_id", "cid"), ("code_verifier", "v"),
             ("redirect_uri", "http://localhost/"), ("grant_type", "authorization_code")])
-        self.assertEqual(pizauth.refresh_request(empty, "r"), [
-            ("client_id", "cid"), ("refresh_token", "r"), ("grant_type", "refresh_token"),
-            ("client_secret", "")])
+        form = [("client_id", "cid"), ("refresh_token", "r"), ("grant_type", "refresh_token")]
+        self.assertEqual(pizauth.refresh_request(empty, "r"), form)
+        for account_, secret, sent in (
+            (plain, None, (form, "")), (empty, "", ([*form, ("client_secret", "")], "")),
+        ):
+            self.assertEqual(pizauth.authenticated(account_, form, secret), sent)
 
     def judge(self, body, status=200, whole=True, form=None, retry_after=0):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return pizauth.token_response(
+        return token_response(
             pizauth.outcome_bytes(status, retry_after, whole, data), list((form or {}).items()))
 
     def test_good_answers_of_every_honest_kind(self):
@@ -1201,7 +1217,7 @@ class MessagesTest(unittest.TestCase):
             with self.subTest(status=status, body=str(body)[:60]):
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 with self.assertRaises(pizauth.TransientError) as caught:
-                    pizauth.token_response(pizauth.outcome_bytes(status, 0, True, data), [])
+                    token_response(pizauth.outcome_bytes(status, 0, True, data), [])
                 self.assertEqual(caught.exception.cause, cause)
                 if message is not None:
                     self.assertEqual(str(caught.exception), message)
@@ -1213,15 +1229,15 @@ class MessagesTest(unittest.TestCase):
             said = "but here/[.]{3} é" + (": is token_uri right, or" if status == 302 else "$")
             with self.subTest(status=status), \
                     self.assertRaisesRegex(pizauth.TransientError, said) as caught:
-                pizauth.token_response(outcome, [("refresh_token", "rt/1")])
+                token_response(outcome, [("refresh_token", "rt/1")])
             self.assertEqual(caught.exception.cause, cause)
 
     def test_an_answer_that_can_be_read_is_judged_whatever_its_label_says(self):
         trouble = "its Content-Encoding is br, which was not asked for"
         good = pizauth.outcome_bytes(200, 0, True, b'{"access_token": "t"}', trouble)
-        self.assertEqual(pizauth.token_response(good, []).access_token, "t")
+        self.assertEqual(token_response(good, []).access_token, "t")
         with self.assertRaises(pizauth.PermanentError):
-            pizauth.token_response(
+            token_response(
                 pizauth.outcome_bytes(400, 0, True, b'{"error": "invalid_grant"}', trouble), [])
 
     def test_a_byte_that_is_not_utf_8_spoils_only_its_own_text(self):
@@ -2730,6 +2746,229 @@ class CompleteTest(unittest.TestCase):
                     self.assertTrue(target.startswith("/"))
 
 
+# ---- What fits a provider ----
+
+
+def jwt(**claims):
+    """A JSON Web Token, as a provider writes it."""
+    payload = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
+    return f"eyJh.{payload}.c2ln"
+
+
+class ProviderFitTest(unittest.TestCase):
+    """Options for what a provider demands or offers."""
+
+    def pending(self, extra, **more):
+        """A world whose account x has options, and has its redirect; and the post or command."""
+        world = World(account("x", extra) + more.get("options", ""))
+        self.redirected = world.approve()
+        return world
+
+    def test_token_uri_fields_are_in_every_form_and_not_in_the_authorization_request(self):
+        world = self.pending('token_uri_fields = {"audience": "mail", "audience": "dav"};')
+        self.assertNotIn("audience", world.show())
+        post = world.posts.pop()
+        self.assertEqual(post.form["audience"], "dav")
+        post.grant()
+        world.refresh()
+        self.assertEqual(world.posts.pop().form["audience"], "dav")
+        world = World(DEVICE.format("x", 'token_uri_fields = {"audience": "mail"};'))
+        world.park("showtoken:withurl x")
+        self.assertEqual(world.posts[0].form["audience"], "mail")
+        world.posts.pop().answer(**CODE)
+        world.wait(5)
+        self.assertEqual(world.posts[0].form["audience"], "mail")
+
+    def test_client_auth_basic_encodes_both_as_forms_do_and_hides_them_in_errors(self):
+        world = self.pending('client_auth = "basic"; client_secret = "a b:/+%ü";')
+        post = world.posts.pop()
+        self.assertNotIn("client_secret", post.form)
+        secret = "a+b%3A%2F%2B%25%C3%BC"
+        encoded = base64.b64encode(f"cid:{secret}".encode()).decode()
+        self.assertEqual(post.authorization, f"Basic {encoded}")
+        post.answer(400, error="invalid_client", error_description=f"no {encoded} a b:/+%ü")
+        self.assertIn("invalid_client: no ... ...", world.status())
+        world = self.pending('client_auth = "basic";')  # a client without a secret
+        self.assertEqual(world.posts[0].authorization, "")
+
+    def test_client_secret_cmd_runs_when_the_secret_is_first_needed(self):
+        world = self.pending('client_secret_cmd = "pass show x";')
+        self.assertEqual(world.posts, [])
+        command = world.commands.pop()
+        self.assertEqual((command.command, command.variables, command.limit, command.capture),
+                         ("pass show x", {"PIZAUTH_ACCOUNT": "x"}, 30, True))
+        command.end(0, b"s3cret\r\nuser: me\n")
+        post = world.posts.pop()
+        self.assertEqual(post.form["client_secret"], "s3cret")
+        post.grant()
+        for _ in range(2):
+            world.wait(2)
+            world.refresh()
+            self.assertEqual((world.posts[0].form["client_secret"], world.commands), ("s3cret", []))
+            world.posts.pop().grant()
+        world.reload(account("x", 'client_secret_cmd = "pass show x";'))
+        world.wait(2)
+        world.refresh()
+        self.assertEqual((world.posts, len(world.commands)), ([], 1))
+
+    def test_a_client_secret_cmd_that_fails_costs_no_login_and_shows_nothing_of_its_output(self):
+        for (status, output), how in (
+            ((None, b"s3cret"), "was killed after 30 s"), ((1, b"s3cret"), "ended with status 1"),
+            ((-11, b""), "ended with status -11"), ((0, b""), "printed nothing on its first line"),
+            ((0, b"\ns3cret"), "printed nothing on its first line"),
+            ((0, b"s3cret" * 200_000), "printed a first line that is too long, or not printable"),
+            ((0, b"s3cret\x1b\n"), "printed a first line that is too long, or not printable"),
+        ):
+            with self.subTest(how=how):
+                world = self.pending('client_secret_cmd = "c";')
+                world.commands.pop().end(status, output)
+                self.assertIn(f"will be tried again: client_secret_cmd {how}", world.status())
+                world.wait(6)
+                world.commands.pop().end(0, b"s3cret\n")
+                world.posts.pop().grant(expires_in=60)
+                world.auth._secrets.clear()
+                world.wait(61)
+                world.commands.pop().end(status, output)
+                self.assertIn("Refreshing x failed, and will be tried again: client_secret_cmd "
+                              + how, world.status())
+                self.assertNotIn("s3cret", repr(world.logged) + world.status())
+                world.wait(40)
+                world.commands.pop().end(0, b"s3cret\n")
+                world.posts.pop().grant("at2")
+                self.assertEqual(world.show(), "access_token:at2")
+
+    def test_work_on_the_secret_is_cancelled_with_its_login(self):
+        world = self.pending('client_secret_cmd = "c";')
+        world.ask("revoke:x")
+        command = world.commands.pop()
+        self.assertTrue(command.cancelled)
+        command.end(0, b"s3cret")
+        self.assertEqual((world.posts, world.auth._secrets), ([], {}))
+
+    def test_a_secret_that_has_been_renewed_costs_no_login(self):
+        world = self.pending('client_secret_cmd = "c";')
+        world.commands.pop().end(0, b"old")
+        world.posts.pop().grant(expires_in=60)
+        world.wait(60)
+        world.posts.pop().answer(401, error="invalid_client")
+        self.assertIn("will be tried again: HTTP 401: invalid_client", world.status())
+        world.wait(40)
+        world.commands.pop().end(0, b"new")
+        self.assertEqual(world.posts[0].form["client_secret"], "new")
+        world.posts.pop().answer(401, error="invalid_client")  # of a secret that is fresh
+        self.assertIn("x: No access token; last error", world.status())
+
+    def test_revoke_tells_the_provider_in_the_background(self):
+        for refresh_token, kind in (("rt1", "refresh_token"), (None, "access_token")):
+            world = self.pending('revoke_uri = "https://r.example/revoke"; client_secret = "s";')
+            world.posts.pop().grant(refresh_token=refresh_token)
+            self.assertEqual(world.ask("revoke:x"), "ok:")
+            self.assertEqual(world.status(), "ok:x: No access token")
+            post = world.posts.pop()
+            self.assertEqual((post.uri, post.form), ("https://r.example/revoke", {
+                "client_id": "cid", "client_secret": "s", "token": refresh_token or "at1",
+                "token_type_hint": kind}))
+            login = world.show()
+            post.answer(200, b"")
+            self.assertEqual((world.show(), world.auth._errors), (login, {}))
+
+    def test_a_revocation_that_fails_is_told_and_changes_nothing(self):
+        world = self.pending('revoke_uri = "https://r.example/revoke";')
+        world.posts.pop().grant("at1", "rt1")
+        world.ask("revoke:x")
+        login = world.show()
+        world.posts.pop().answer(503, b"rt1")
+        self.assertEqual(world.show(), login)
+        self.assertRegex(world.status(), "x is revoked here, but not at the provider: HTTP 503$")
+
+    def test_nothing_is_revoked_where_there_is_no_token_or_no_address(self):
+        world = World(account("x", 'revoke_uri = "https://r.example/revoke";'))
+        world.show()
+        world.ask("revoke:x")
+        self.assertEqual(world.posts, [])
+        world = World.authorised()
+        world.ask("revoke:x")
+        self.assertEqual(world.posts, [])
+
+    def test_a_wrong_issuer_is_refused_and_the_login_waits(self):
+        world = World(account("x", 'issuer = "https://i.example";'))
+        for more in ("&code=c&iss=https://evil.example", "&code=c&iss=", "&error=no&iss=x",
+                     "&code=c&iss=https://i.example/"):
+            (page,) = world.visit(f"/?state={world.state()}{more}")
+            status, text = text_of(page)
+            self.assertEqual(status, 400)
+            self.assertIn("The answer is not https://i.example&#x27;s: its &#x27;iss&#x27;", text)
+            (reply,) = world.park(f"complete:state={world.state()}{more}")
+            self.assertIn("error:The answer is not https://i.example's", reply)
+        self.assertEqual(world.posts, [])
+        (page,) = world.visit(f"/?state={world.state()}&code=c&iss=x&iss=https://i.example")
+        self.assertEqual(text_of(page)[0], 400)
+        world.visit(f"/?state={world.state()}&code=c&iss=https://i.example")
+        self.assertEqual(world.posts.pop().form["code"], "c")
+
+    def test_a_missing_issuer_is_tolerated_until_it_has_been_seen(self):
+        world = World(account("x", 'issuer = "https://i.example";'))
+        world.authorise()
+        world.ask("revoke:x")
+        world.visit(f"/?state={world.state()}&code=c&iss=https://i.example")
+        world.posts.pop().grant()
+        world.ask("revoke:x")
+        (page,) = world.approve()
+        self.assertIn("its &#x27;iss&#x27; is missing", text_of(page)[1])
+        self.assertEqual(world.posts, [])
+        world = World()  # without the option nothing is compared
+        world.visit(f"/?state={world.state()}&code=c&iss=https://any.example")
+        self.assertEqual(len(world.posts), 1)
+
+    def test_tokens_of_somebody_else_are_dropped_and_the_person_is_told(self):
+        me = "Me@Example.com"
+        for fields, right in (
+            ({"id_token": jwt(email="me@example.COM")}, True),
+            ({"id_token": jwt(preferred_username="me@example.com", email="alias@x")}, True),
+            ({"id_token": jwt(upn="me@example.com")}, True),
+            ({"access_token": jwt(upn="me@example.com")}, True),
+            ({"id_token": jwt(sub="1"), "access_token": jwt(upn="me@example.com")}, True),
+            ({"id_token": jwt(email="you@example.com")}, False),
+            ({"id_token": jwt(email="you@example.com"), "access_token": jwt(upn=me)}, False),
+            ({"access_token": jwt(preferred_username="you@example.com")}, False),
+        ):
+            for text in (account, lambda name, extra: DEVICE.format(name, extra)):
+                with self.subTest(fields=fields):
+                    world = World(text("x", f'expect_user = "{me}";')
+                                  + 'error_notify_cmd = "e"; token_event_cmd = "t";')
+                    if text is account:
+                        world.approve()
+                    else:
+                        world.park("showtoken:withurl x")
+                        world.posts.pop().answer(**CODE)
+                        world.wait(5)
+                    world.posts.pop().grant(**fields)
+                    self.assertEqual(world.show().startswith("access_token:") if right else
+                                     "No access token" in world.status(), True)
+                    told = [command.variables["PIZAUTH_MSG"] for command in world.commands
+                            if command.command == "e"]
+                    self.assertEqual(told, [] if right else [
+                        "Authentication for x failed: you@example.com has logged in: log in as"
+                        " Me@Example.com, perhaps in a private window"])
+
+    def test_where_no_claim_tells_who_has_logged_in_that_is_a_warning(self):
+        for token in ("opaque", "a.b.c", "a.%%%.c", jwt(email=5), jwt(), "..", "a." + "x" * 9999,
+                      jwt(email=["me"])):
+            world = self.pending('expect_user = "me";')
+            world.posts.pop().grant(access_token=token, id_token=token)
+            self.assertEqual(world.show(), f"access_token:{token}")
+            self.assertIn((pizauth.WARNING, "x: the provider does not say who has logged in, so"
+                           " that expect_user is of no use"), world.logged)
+
+    def test_a_refresh_is_not_asked_whose_it_is(self):
+        world = self.pending('expect_user = "me";')
+        world.posts.pop().grant(id_token=jwt(email="me"))
+        world.wait(2)
+        world.refresh()
+        world.posts.pop().grant("at2", id_token=jwt(email="you"))
+        self.assertEqual(world.show(), "access_token:at2")
+
+
 # ---- What `show` may be asked besides ----
 
 
@@ -3417,6 +3656,14 @@ class DumpTest(unittest.TestCase):
             self.assertIn("of a kind that this version does not know", reply)
         self.assertEqual(world.status(), before)
 
+    def test_a_changed_client_secret_cmd_restores_nothing(self):
+        first, second = (account("x", f'client_secret_cmd = "{word}";') for word in "ab")
+        world = World(second)
+        world.restore(World(first).sealed())
+        self.assertEqual(world.status(), "ok:x: No access token")
+        world.restore(World(second).sealed())
+        self.assertEqual(world.show(), "access_token:at1")
+
     def test_bytes_after_the_extensions_are_ignored(self):
         plain = pizauth.decrypt_dump(World.dump(World.authorised()))
         world = World()
@@ -3441,11 +3688,14 @@ class DumpTest(unittest.TestCase):
             ("client_id", '"d"', False), ("client_secret", '""', False),
             ("client_secret", "", False), ("scopes", '["a", "b"]', False),
             ("auth_uri_fields", '{"k": "w"}', False), ("redirect_uri", '"http://localhost"', False),
-            ("device_auth_uri", '"http://d"', False),
+            ("device_auth_uri", '"http://d"', False), ("client_auth", '"basic"', False),
+            ("token_uri_fields", '{"k": "v"}', False), ("revoke_uri", '"http://r"', False),
+            ("issuer", '"http://i"', False), ("expect_user", '"me"', False),
             ("login_hint", '"me"', True), ("refresh_retry", "6s", True),
             ("refresh_at_least", "1m", True), ("refresh_before_expiry", "1s", True),
         )
-        self.assertEqual({option for option, *_ in cases}, set(pizauth.Account.options()))
+        self.assertEqual({option for option, *_ in cases} | {"client_secret_cmd"},
+                         set(pizauth.Account.options()))
         for option, value, restores in cases:
             with self.subTest(option=option, value=value):
                 target = world(**{option: value})
@@ -4284,7 +4534,7 @@ def fuzz_answer(data):
     form = [("refresh_token", "rt1"), ("client_secret", "hush")]
     for status in (200, 400, 503):
         try:
-            got = pizauth.token_response(pizauth.outcome_bytes(status, 0, True, data), form)
+            got = token_response(pizauth.outcome_bytes(status, 0, True, data), form)
         except pizauth.TokenError as error:
             text = str(error)
             assert len(text) <= 500 and text == pizauth.printable(text), text
@@ -4378,7 +4628,7 @@ def fuzz(seconds, names=FUZZERS, generator=random):
 def judged(body):
     """A token endpoint's answer to a form with a secret."""
     outcome = pizauth.outcome_bytes(200, 0, True, body)
-    return pizauth.token_response(outcome, [("client_secret", "aa"), ("code", ".")])
+    return token_response(outcome, [("client_secret", "aa"), ("code", ".")])
 
 
 def head_by_byte(data):
@@ -4466,7 +4716,7 @@ class FuzzTest(unittest.TestCase):
             self.assertIsNotNone(pizauth.http_head(bytearray(sample), True))
         for sample in FUZZERS["answer"][1][1:3]:
             good = pizauth.outcome_bytes(200, 0, True, sample)
-            self.assertEqual(pizauth.token_response(good, []).access_token, "at")
+            self.assertEqual(token_response(good, []).access_token, "at")
         world = World()
         dump = pizauth.encrypt_dump(bytes(12), FUZZERS["dump"][1][0])
         self.assertEqual(world.restore(dump), "ok:")
@@ -5073,7 +5323,7 @@ class RequestQueueTest(Parts):
         self.started.append(job.host)
 
     def post(self, host="h", kind="refresh"):
-        return self.children.post(kind, f"http://{host}/token", {}, self.requests.append)
+        return self.children.post(kind, f"http://{host}/token", {}, "", self.requests.append)
 
     def start_all(self):
         """Let all start that may."""
@@ -5156,7 +5406,7 @@ class RequestQueueTest(Parts):
             self.start_all()
             self.end(self.running()[0], status, output)
             with self.assertRaises(pizauth.TransientError) as caught:
-                pizauth.token_response(self.requests.pop(), [])
+                token_response(self.requests.pop(), [])
             self.assertEqual(
                 (str(caught.exception), caught.exception.cause), (reason, "outage"))
         self.post()
@@ -5165,7 +5415,7 @@ class RequestQueueTest(Parts):
         with unittest.mock.patch("os.kill"):
             self.run_due()
         with self.assertRaisesRegex(pizauth.TransientError, "^no answer from h within 30 s$"):
-            pizauth.token_response(self.requests.pop(), [])
+            token_response(self.requests.pop(), [])
 
 
 class CommandTest(Parts):
@@ -5828,6 +6078,9 @@ class ManualTest(unittest.TestCase):
         reserved = re.search(r"(?s)These keys are reserved.*?\.It", self.read("pizauth.conf.5"))[0]
         for key in pizauth.RESERVED_KEYS["auth_uri_fields"]:
             self.assertIn(f".Ql {key}", reserved)
+        fields = re.search(r"(?s)Ic token_uri_fields.*?[.]It Ic", self.read("pizauth.conf.5"))[0]
+        for key in pizauth.RESERVED_KEYS["token_uri_fields"]:
+            self.assertIn(f".Ql {key}", fields)
 
     def test_the_example_is_a_configuration(self):
         text = self.read("pizauth.conf.example")
@@ -7787,7 +8040,7 @@ class AuthlibTest(unittest.TestCase):
         form = [*AUTHLIB_CLIENT.items(), ("grant_type", "refresh_token"), ("refresh_token", used)]
         outcome = pizauth.post_form(self.provider.url + "/token", form)
         with self.assertRaisesRegex(pizauth.PermanentError, "^HTTP 400: invalid_grant"):
-            pizauth.token_response(outcome, form)
+            token_response(outcome, form)
 
     def device_daemon(self, options=""):
         """A running server with an account for the device grant."""
