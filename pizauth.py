@@ -780,7 +780,8 @@ def authorization_response(query: str) -> Fields:
     names = [name for name, _ in pairs]
     for name in ("state", "code", "error", "error_description", "iss"):
         if names.count(name) > 1:  # RFC 6749 3.1
-            raise BadRequest(400, f"The address has more than one '{name}'.")
+            raise BadRequest(400, f"The address has more than one '{name}'.",
+                             "The login still waits: give the whole address, once.")
     return dict(pairs)
 
 
@@ -983,13 +984,13 @@ def good_device_answer(answer: dict[str, Any]) -> DeviceResponse:
                 and re.fullmatch(r"https?://[!-~]+", uri, re.IGNORECASE)), None)
     if not isinstance(device_code, str) or not is_visible_ascii(device_code):
         raise ValueError("it has no device_code: is device_auth_uri right?")
-    if (not isinstance(user_code, str) or not user_code.strip() or not user_code.isprintable()
-            or len(user_code) > CODE_LENGTH):
+    user_code = user_code.strip() if isinstance(user_code, str) else ""
+    if not user_code or not user_code.isprintable() or len(user_code) > CODE_LENGTH:
         raise ValueError("it has no user_code that can be typed")
     if url is None:
         raise ValueError("it has no verification_uri that can be opened")
     return DeviceResponse(
-        device_code=device_code, user_code=user_code.strip(), url=url,
+        device_code=device_code, user_code=user_code, url=url,
         expires_in=sensible_life(answer.get("expires_in")) or DEVICE_LIFE,
         interval=max(1, sensible_life(answer.get("interval")) or DEVICE_INTERVAL))
 
@@ -1021,10 +1022,11 @@ HTTPS_HERE = ("it came by HTTPS to the HTTP port. Probably a program on localhos
               " at chrome://net-internals/#hsts), or write 127.0.0.1 or https: in redirect_uri")
 HTTP_HERE = "This port speaks HTTPS: is redirect_uri in pizauth.conf what it should be?"
 PASTE = ("paste all that the browser's address bar shows after the login, or at least all from the"
-         " '?' on")
-AROUND = "\"'`<>()[].,;\u2018\u2019\u201c\u201d\u00ab\u00bb"  # a pasted address in some text
+         " '?' on (a login with a code needs no 'complete')")
+AROUND = " \"'`<>()[].,;\u2018\u2019\u201c\u201d\u00ab\u00bb"  # a pasted address in some text
 TOO_MANY: dict[str, PizauthError] = {  # for peers that must make room
-    "control": RequestError("Too many clients wait at once: try again later"),
+    "control": RequestError("Too many clients wait at once, and this one no longer does:"
+                            " 'pizauth status' tells how things are"),
     "browser": BadRequest(503, "Too many browsers wait at once.", "Reload this page in a while.")}
 LOG_IN_AGAIN = "To log in, run 'pizauth show ACCOUNT' and open the URL that it prints."
 
@@ -1124,16 +1126,29 @@ def redirect_matches(redirect_uri: str, scheme: str, host: str, target: str) -> 
             and all(given.count(pair) >= wanted.count(pair) for pair in wanted))
 
 
+def address_in(text: str) -> str:
+    """The address in a pasted text: perhaps wrapped by a terminal, quoted or encoded by a mail
+    program, and amid other words."""
+    import quopri
+
+    text = re.sub(r"(?m)^[>| ]+", "", text)  # a mail that is quoted in another one
+    if "=3D" in text and re.fullmatch(r"[^=]*(?:=(?:[0-9A-F]{2}|\r?\n)[^=]*)+", text):
+        text = quopri.decodestring(text.encode()).decode("utf-8", "replace")
+    text = re.sub(r"[\\\u00ad\u200b\u2060\ufeff]", "", text)  # escaped, or invisible
+    text = next((part for part in re.split(r"\n\s*\n", text.strip()) if "=" in part), "")
+    text = re.sub(r"\s*\n\s*", "", text)
+    text = re.sub(r"&(?:(?:amp|#38|#x26);)+", "&", text, flags=re.I)
+    text = re.sub(r'^[^?&=]*?(?:href="?)?(?=https?://)', "", text, flags=re.I).strip(AROUND)
+    text = re.split(r"[^!#-;=?-Z\\^-z|~]", text)[0].rstrip(AROUND)  # no URL holds these
+    half = text[: len(text) // 2]
+    return half if half * 2 == text else text
+
+
 def pasted_redirect(text: str) -> tuple[str, str, str]:
-    """Scheme, host and target of a redirect copied from a browser's address bar, perhaps by way of
-    a mail or wrapped by a terminal. Scheme and host are empty where only the query was copied, and
-    the scheme where the browser hid it. Raises RequestError."""
-    if re.fullmatch(r"[^=]+(?:=(?:3D|\s)[^=]*)+", text):  # quoted-printable (RFC 2045 6.7)
-        text = re.sub(r"=\r?\n", "", text).replace("=3D", "=")
-    text = re.sub(r"(?m)^[> ]+", "", text)  # a mail that is quoted in another one
-    text = re.sub(r"[\s\\\u200b\u2060\ufeff]", "", text)
-    text = re.sub(r"&(?:(?:amp|#38|#x26);)+", "&", text, flags=re.IGNORECASE).strip(AROUND)
-    text = re.sub(r"^[^?=]*?(?=https?://)", "", text, flags=re.IGNORECASE)  # `view-source:`, `URL:`
+    """Scheme, host and target of a redirect that was copied from a browser's address bar. Scheme
+    and host are empty where only the query was copied, and the scheme where the browser hid it.
+    Raises RequestError."""
+    text = address_in(text)
     if "?" not in text and "=" in text.partition("&")[0] and "/" not in text.partition("=")[0]:
         text = "?" + text
     match = re.fullmatch(r"(?:(https?)://)?([^/?#]*)(/[^?#]*)?\?([^#]*)(?:#.*)?", text,
@@ -1265,6 +1280,7 @@ class Pending(Record):
         notified = ("" if self.notified_at is None
                     else f" (last notification {clock.date(self.notified_at)})")
         device = f"; open {self.url} and enter {self.user_code}" if self.user_code else ""
+        device = device if self.url else "; the provider has not given a login code yet"
         return f"Access token pending authentication{notified}{device}"
 
 
@@ -1294,6 +1310,7 @@ class DeviceLogin(Pending):
     interval: float = 0  # at least between two polls
     gap: float = 0  # to the next poll; more than the interval while the provider is out of reach
     poll_at: float | None = None  # None: a poll runs, or there is no code yet
+    fault: str = ""  # why the last poll failed
 
     def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
         yield from super().appointments(account)
@@ -1772,8 +1789,9 @@ class Authenticator:
     def _poll(self, name: str, login: DeviceLogin) -> None:
         """Ask for the tokens of a device login (RFC 8628 3.4)."""
         if login.expires_at <= self._clock.now():
+            why = f"; at the last try: {login.fault}" if login.fault else " before it was entered"
             self._login_failed(name, None, f"Authentication for {name} failed: the code"
-                                           f" {login.user_code} has expired before it was entered")
+                                           f" {login.user_code} has expired{why}")
             return
         login.poll_at = None
         form = device_token_request(self.config.accounts[name], login.device_code)
@@ -1783,7 +1801,8 @@ class Authenticator:
         """A poll gave no tokens: go on, unless the provider has refused (RFC 8628 3.5)."""
         if error.error == "slow_down":
             login.interval += SLOW_DOWN
-        if error.error in ("authorization_pending", "slow_down"):
+        login.fault = "" if error.error in ("authorization_pending", "slow_down") else str(error)
+        if not login.fault:
             login.gap = max(login.interval, error.retry_after)
             self._errors.pop(name, None)
         elif isinstance(error, TransientError):
@@ -2012,7 +2031,8 @@ class Authenticator:
             raise BadRequest(
                 200, "No pending token matches request state: request a fresh token",
                 "The login that this address belongs to has ended, or a newer one has taken its"
-                " place: 'pizauth status' tells how things are. " + LOG_IN_AGAIN)
+                " place, or the address is damaged: 'pizauth status' tells how things are. "
+                + LOG_IN_AGAIN)
         token = self._tokens[name]
         if isinstance(token, Active):
             tell(name, "worked", f"Account {name} is authorised already")
@@ -2087,7 +2107,8 @@ class Authenticator:
         wish, account = self._wish_and_account(rest)
         token = self._expire_if_due(account.name)
         if not isinstance(token, Active):
-            self._request_authorization(account)
+            if token is None or token.url:  # else a fresh login begins already
+                self._request_authorization(account)
             self._show(account.name, wish, answer)
             return
         self._refresh_soon(account.name, token)
@@ -2161,6 +2182,9 @@ class Authenticator:
                       ". Refreshing initiated")
         else:
             reply = token.reply(wish.withurl) if token.url else NO_CODE_YET
+            if not token.url and (token.retry_at or 0) > until:
+                date = self._clock.date(token.retry_at or 0)
+                reply = f"error:The provider is asked for a login code again at {date}"
         if now < until and (wish.wait or reply is NO_CODE_YET):
             self._wait(name, until, tell)
         else:
@@ -2848,6 +2872,7 @@ class Children:
 # One that fails takes nothing else with it.
 
 CONNECTION_TIMEOUT = 10  # Seconds to send a request, and then to read the reply.
+FAIR_TIME = 1  # Seconds that a request may take to come before it makes room for another.
 CAPS = {"control": 256, "browser": 128}  # Open connections of each kind of peer.
 ACCEPTS = 32  # Connections accepted in a row before others have their turn.
 READS = 4  # Reads from one connection in a row.
@@ -3108,15 +3133,18 @@ class Connections:
 
     def make_room(self, peer: str) -> None:
         """At the cap of this kind of peer, end one: who has hung up; else the one that has been
-        reading longest, writes or drains; else the one that has waited longest."""
+        reading longest, for a second at least; else one that writes or drains; else the one that
+        has waited longest."""
         exchanges = self.exchanges[peer]
         if len(exchanges) >= CAPS[peer]:
             self.close_hung_up()
         if len(exchanges) >= CAPS[peer]:
+            slow = self.loop.clock.now() + CONNECTION_TIMEOUT - FAIR_TIME
             rank = {"reading": 0, "parked": 2}
-            victim = min(exchanges, key=lambda exchange: rank.get(exchange.state, 1))
-            if victim.state == "parked":
-                victim.answer(error_reply(TOO_MANY[peer]))
+            victim = min(exchanges, key=lambda exchange: (
+                3 if exchange.state == "reading" and exchange.due > slow else
+                rank.get(exchange.state, 1)))
+            victim.answer(error_reply(TOO_MANY[peer]))
             victim.close()
 
     def close_hung_up(self) -> None:
@@ -3713,15 +3741,15 @@ class ServerHangs(PizauthError):
     """The server is there, but silent."""
 
 
-def server_hangs(directory: str) -> ServerHangs:
-    """The error of a client whose server in this directory does not answer."""
+def server_hangs(directory: str, patience: float) -> ServerHangs:
+    """The error of a client whose server in this directory does not answer for so many seconds."""
     pid = lock_holder(directory)
     process, remedy = "", "end it and run 'pizauth server'"
     if pid:
         process, remedy = f" (process {pid})", (
-            f"'kill -CONT {pid}' wakes one that was stopped, and it does what it was asked;"
+            f"'kill -CONT {pid}' wakes one that was stopped: then look at 'pizauth status';"
             f" otherwise 'kill -9 {pid}', which loses its tokens, and 'pizauth server'")
-    return ServerHangs(f"{NO_SERVER}: it hangs{process}, silent for {CLIENT_TIMEOUT} s; {remedy}")
+    return ServerHangs(f"{NO_SERVER}: it hangs{process}, silent for {patience:g} s; {remedy}")
 
 
 def no_server(directory: str) -> PizauthError:
@@ -3782,7 +3810,7 @@ def ask(request: bytes, patience: float = 0) -> bytes:
         while data := sock.recv(CHUNK):
             reply += data
     except (_socket.timeout, BlockingIOError):
-        raise server_hangs(directory) from None
+        raise server_hangs(directory, sock.gettimeout() or 0) from None
     except ConnectionResetError:  # at the limit of clients, or at the server's end
         raise PizauthError(f"{NO_SERVER}: it ended the connection: try again") from None
     except OSError:
@@ -3811,7 +3839,7 @@ def request(verb: bytes, rest: bytes = b"", kind: bytes = b"ok",
     if got in (b"error", b"pending"):
         raise Refused(text, got == b"pending")
     if not reply:
-        raise PizauthError("The server ended before it answered")
+        raise PizauthError("The server ended the connection before it answered: try again")
     if got != kind:
         raise PizauthError("The server's answer makes no sense: is it another version?")
     return text
@@ -3930,13 +3958,13 @@ def restore(options: argparse.Namespace) -> None:
 
 def complete(options: argparse.Namespace) -> None:
     """Send the server the address at which a browser ended that could not reach it."""
+    ask(b"info:")  # so that a server that is not there, or hangs, is noticed early
     if options.url is not None:
         address = os.fsencode(options.url)
     elif os.isatty(0):
         address = typed_address().encode("utf-8", "surrogateescape")
     else:
         address = read_input(REQUEST_LIMIT, "address")
-    ask(b"info:")  # so that a server that hangs is noticed early
     put(request(b"complete", address, patience=COMPLETE_PATIENCE) + "\n")
 
 

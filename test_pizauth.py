@@ -2200,7 +2200,7 @@ class RedirectTest(unittest.TestCase):
         state = world.state()
         for target, sign, advice in (
             ("/favicon.ico", "unknown", "run 'pizauth show ACCOUNT'"),
-            ("/?state=old", "unknown", "a newer one has taken its place: 'pizauth status'"),
+            ("/?state=old", "unknown", "or the address is damaged: 'pizauth status'"),
             (f"/elsewhere?state={state}", "unknown", "is redirect_uri in pizauth.conf what the"),
             (f"/cb?a=b&state={state}", "unknown", f"Open the URL that 'pizauth show {name}'"),
             (f"/cb?a=b&state={state}&error=no", "failed", f"run 'pizauth show {name}' and open"),
@@ -2319,7 +2319,7 @@ class DeviceTest(unittest.TestCase):
                 self.assertEqual(world.show(), "access_token:at1")
 
     def test_a_user_code_may_be_a_number_and_may_have_blanks_around_it(self):
-        for given, shown in ((12345678, "12345678"), (" AB CD ", "AB CD")):
+        for given, shown in ((12345678, "12345678"), (" AB CD\n", "AB CD")):
             self.assertEqual(self.world(user_code=given).told,
                              f"pending:{CODE['verification_uri']} and code {shown}")
 
@@ -2374,13 +2374,13 @@ class DeviceTest(unittest.TestCase):
         world.wait(2.9)
         self.assertEqual(replies, [])
         world.wait(0.2)
-        self.assertTrue(replies[0].startswith("error:The provider has not given a login code"))
+        self.assertTrue(replies[0].startswith("error:The provider is asked for a login code aga"))
         later = world.park("showtoken:withouturl x")
         for _ in range(7):
             world.wait(6)
             world.posts.pop().fail()
         world.wait(6)
-        self.assertEqual(later, [replies[0]])
+        self.assertTrue(later[0].startswith("error:The provider is asked for a login code again"))
         last = world.park("showtoken:withurl x")
         world.posts.pop().fail("connection refused")
         self.assertEqual(last, ["error:Authentication for x failed: connection refused"])
@@ -2391,48 +2391,50 @@ class DeviceTest(unittest.TestCase):
         self.assertEqual(again, [PENDING])
         self.assertNotIn("last error", world.status())
 
-    def test_a_client_that_waits_for_a_code_gets_that_of_a_newer_request(self):
+    def test_a_refresh_waits_with_the_others_while_the_code_is_asked_for(self):
         world = World(DEVICE.format("x", ""))
-        first, second = world.park("showtoken:withurl x"), world.park("refresh:withurl x")
-        self.assertEqual((first, second), ([], []))
-        self.assertTrue(world.posts.pop().cancelled)
-        world.wait(5)
-        world.posts.pop().answer(**CODE)
-        self.assertEqual((first, second), ([PENDING], [PENDING]))
-
-    def test_a_client_waits_no_longer_for_all_newer_requests(self):
-        world = World(DEVICE.format("x", ""))
-        first = world.park("showtoken:withurl x")
-        for _ in range(8):
+        waiting = [world.park("showtoken:withurl x")]
+        for _ in range(4):
             world.wait(1)
-            world.park("refresh:withurl x")
-        self.assertEqual(first, [])
-        world.wait(1)
-        self.assertTrue(first[0].startswith("error:The provider has not given"))
+            waiting.append(world.park("refresh:withurl x"))
+        (post,) = world.posts
+        self.assertFalse(post.cancelled)
+        post.answer(**CODE)
+        self.assertEqual(waiting, [[PENDING]] * 5)
 
     def test_two_requests_for_a_code_are_five_seconds_apart_whoever_asks(self):
         world = World(DEVICE.format("x", ""))
         for _ in range(50):
             world.park("refresh:withurl x")
-        self.assertEqual(len(world.posts), 1)
-        world.posts.clear()
+        (post,) = world.posts
         for _ in range(3):
-            world.wait(4.8)
-            self.assertEqual(world.posts, [])
-            world.wait(0.2)
             world.posts.pop().answer(400, error="invalid_client")
-            replies = world.park("showtoken:withurl x")
-            self.assertEqual(replies, [])
+            replies = [world.park("refresh:withurl x"), world.park("showtoken:withurl x")]
+            world.wait(4.8)
+            self.assertEqual((replies, world.posts), ([[], []], []))
+            world.wait(0.2)
 
     def test_retry_after_of_the_request_for_a_code_is_obeyed(self):
         world = World(DEVICE.format("x", ""))
         world.park("showtoken:withurl x")
         world.posts.pop().answer(429, b"", retry_after=120)
+        date = world.clock.date(world.clock.now() + 120)
+        again = f"error:The provider is asked for a login code again at {date}"
+        self.assertEqual([world.show(), world.refresh()], [again, again])
+        self.assertIn("the provider has not given a login code yet; last", world.status())
         world.wait(119)
         self.assertEqual(world.posts, [])
         world.wait(2)
         world.posts.pop().answer(**CODE)
         self.assertEqual(world.show(), PENDING)
+
+    def test_a_code_that_expires_while_the_polls_fail_says_so(self):
+        world = self.world(expires_in=12)
+        self.poll(world).fail("refused")
+        world.wait(6)
+        world.posts.pop().fail("refused")
+        world.wait(6)
+        self.assertRegex(world.status(), "code ABCD-EFGH has expired; at the last try: refused\n")
 
     def test_a_code_that_expires_between_two_polls_is_told_at_once(self):
         world = self.world(expires_in=900, interval=600, options='error_notify_cmd = "e";')
@@ -2655,6 +2657,11 @@ class CompleteTest(unittest.TestCase):
             url.replace("&", "&am\np;"), url.replace("&", "&amp;amp;"), url.replace("&", "&#38;"),
             url.replace("?", "\\?").replace("=", "\\=").replace("&", "\\&"),
             f"\ufeff{url[:half]}\u200b{url[half:]}", f"{query}&iss=https://p.example",
+            f"{url} thanks", f"<{url}> thanks", f"It is {url}, thanks.", f"{url}\n\n-- \nBob",
+            f"Hello,\n\n{url}\n\nBob", f"{url}\u2026", f"{url} [1]", f"{{{url}}}", url + url,
+            f"{url}\n{url}\n", f'<a href="{url}">{url}</a>', f"[{url}]({url})", f"{url}<{url}>",
+            "Sch=C3=B6n: " + url.replace("=", "=3D"), f"> {url[:half]}=\n> {url[half:]}".replace(
+                "a=b", "a=3Db").replace("state=", "state=3D").replace("code=", "code=3D"),
         ]
 
     def test_every_form_of_the_same_redirect_is_taken(self):
@@ -4123,9 +4130,11 @@ class History:
     def refresh(self, name, b):
         token = self.expired(name)
         if not isinstance(token, dict):
+            joins = name == "y" and token == "pending" and not self.device
             self.device = None if name == "y" else self.device
             reply = self.ask_for_login(name, "refresh")
-            self.bury(name)
+            if not joins:
+                self.bury(name)
             self.begun(name, reply)
             return
         reply = self.world.refresh(name)
@@ -5038,10 +5047,11 @@ class ConnectionsTest(Parts):
         peers[0].send(b"x:")
         peers[0].shutdown(socket.SHUT_WR)
         self.pump()  # parked now
+        self.clock.advance(1)
         self.connections.make_room("control")
         self.connections.make_room("browser")
         self.assertEqual(self.open(), 255)
-        self.assertEqual(peers[1].recv(1), b"")
+        self.assertTrue(self.received(peers[1]).startswith(b"error:Too many clients"))
         self.requests[0][1](b"still here")
         self.assertEqual(self.received(peers[0]), b"still here")
 
@@ -5065,9 +5075,18 @@ class ConnectionsTest(Parts):
         self.connections.make_room("control")
         self.assertEqual(self.open(), 255)
         self.assertEqual(self.received(peers[0]),
-                         b"error:Too many clients wait at once: try again later")
+                         b"error:" + str(pizauth.TOO_MANY["control"]).encode())
         self.requests[1][1](b"still here")
         self.assertEqual(self.received(peers[1]), b"still here")
+
+    def test_a_request_that_has_just_begun_does_not_make_room_for_the_next_one(self):
+        peers = self.parked(250) + [self.connect() for _ in range(6)]
+        self.connections.make_room("control")
+        self.assertTrue(self.received(peers[0]).startswith(b"error:Too many"))
+        self.clock.advance(1)
+        self.connect()
+        self.connections.make_room("control")
+        self.assertTrue(self.received(peers[250]).startswith(b"error:Too many"))
 
     def test_browsers_that_all_wait_make_room_by_a_page(self):
         peers = self.parked(128, "browser", pizauth.http_head, WireTest.GOOD)
@@ -6325,9 +6344,9 @@ class CommandLineTest(unittest.TestCase):
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 for arguments in (("show", "x"), ("shutdown",), ("dump",)):
                     self.fails(asked(*arguments), silent.format(
-                        " (process 4711)", "'kill -CONT 4711' wakes one that was stopped, and it"
-                        " does what it was asked; otherwise 'kill -9 4711', which loses its tokens,"
-                        " and 'pizauth server'"))
+                        " (process 4711)", "'kill -CONT 4711' wakes one that was stopped: then"
+                        " look at 'pizauth status'; otherwise 'kill -9 4711', which loses its"
+                        " tokens, and 'pizauth server'"))
                 self.assertTrue(asked("info").stdout.endswith("\nserver not responding\n"))
                 self.assertFalse(json.loads(asked("info", "-j").stdout)["server_running"])
 
@@ -6707,8 +6726,8 @@ class CommandLineTest(unittest.TestCase):
                 sock.shutdown(socket.SHUT_WR)
                 sock.settimeout(20)
             self.assertEqual(daemon.run("show", "x").stderr.split()[-1], url)
-            self.assertEqual(socks[0].recv(99),
-                             b"error:Too many clients wait at once: try again later")
+            self.assertEqual(socks[0].recv(999),
+                             b"error:" + str(pizauth.TOO_MANY["control"]).encode())
             for sock in socks[200:]:  # these hang up, so nobody else has to make room
                 sock.close()
             for _ in range(60):
