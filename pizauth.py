@@ -729,6 +729,56 @@ OTHER_WORDS = ("error_code", "code", "status", "title", "message", "msg", "error
 USER_CLAIMS = ("email", "preferred_username", "upn")  # of ID tokens
 SECRET_FIELDS = ("code", "code_verifier", "refresh_token", "client_secret", "access_token",
                  "device_code", "token")
+ADVICE = {  # What a provider's words mean, and what to do: AADSTS numbers, phrases, error codes.
+    # entra-docs reference-error-codes, unless another source is named
+    "50057": "Your account is disabled: ask your organisation's admin",
+    "50072, 50074, 50076, 50079, 50158": "A second factor is required: log in again with it",
+    "50078, 70043": "Your organisation limits how long a login lasts: log in again",
+    "50132, 50133, 50173": "The password was changed or the login revoked: log in again",
+    "50196": "The provider was asked too often: make refresh_at_least longer, and log in again",
+    "53000, 53001": "Only devices that your organisation manages may log in: ask its admin",
+    "53003, 530032, 530035": "A policy blocks the login: delete device_auth_uri, or ask the admin",
+    "65001, 65004": "The client's access was not accepted: log in again, and accept it",
+    "65005, 650057, 90008": "The client lacks a scope: add it under API permissions in its console",
+    "70000": "The login has ended, or scopes asks for more than was accepted: log in again",
+    "70008, 700082": "The login was not used for too long (90 days, usually): log in again",
+    "700084, 9002326, 9002327": "redirect_uri is registered for a single-page application: register"
+        " it for 'Mobile and desktop applications' instead",
+    "9002331, 9002332": "This client is for other accounts: as the tenant in all URIs, write"
+        " consumers for personal accounts, organizations for those of work",  # mail-archiver#478
+    "7000218": "A secret is required: set client_secret, or allow public client flows in the"
+        " console, and register redirect_uri for 'Mobile and desktop applications'",
+    "700025": "This client must not send a secret: delete client_secret",  # authd#1881
+    "70002, 7000215, 7000222": "client_secret is wrong or expired: make a new one; copy its Value",
+    "28002, 70011, 700022": "A scope is wrong or of another service: use only those for Outlook and"
+        " offline_access",
+    "50059, 90002": "The provider does not know this tenant: check the tenant in all URIs",
+    # Google: OAuth for desktop apps
+    "admin_policy_enforced": "Your Workspace blocks this client: ask its admin to trust client_id",
+    "org_internal": "This client is for one organisation: make it External, or log in from there",
+    "deleted_client, client was not found": "The client was deleted or never existed: check"
+        " client_id; for 30 days, the console can restore it",
+    "Token has been expired or revoked": "The login has ended: log in again; if it never lasts more"
+        " than 7 days, publish the client (Audience, in the console)",  # refresh token expiration
+    "INVALID_INPUT, invalid_redirect_uri": "A field is empty or not allowed: check client_id,"
+        " client_secret and redirect_uri",  # Yahoo's troubleshooting page; tried at Fastmail
+    # RFC 6749 4.1.2.1 and 5.2
+    "server_error, temporarily_unavailable": "The provider has trouble: wait a few minutes",
+    "invalid_grant": "The login is too old, used up or revoked: log in again; if that fails at"
+        " once, compare redirect_uri with the one in the console",
+    "invalid_client": "client_id, client_secret or client_auth is wrong: compare them with the console",
+    "unauthorized_client": "This client may not log in this way, or not with this kind of account:"
+        " check client_id and the client's account types in the console",
+    "invalid_request, unsupported_grant_type, unsupported_response_type": "The request was not"
+        " understood: check auth_uri, token_uri and auth_uri_fields",
+    "invalid_scope": "A scope is misspelt or not allowed: check scopes; for Google's mail, delete"
+        " device_auth_uri",  # git-credential-oauth#38
+    "access_denied": "You or an admin said no: approve the login; at Google, first add yourself to"
+        " the test users, or publish the client (Audience, in the console)",
+    "interaction_required, login_required": "The provider wants to ask you something: log in again,"
+        " without prompt=none",  # OpenID Connect Core 3.1.2.6
+    "authorization_declined, bad_verification_code, expired_token": "The code was refused, wrong or"
+        " too late: run 'pizauth show' for a new one"}  # entra-docs v2-oauth2-device-code
 
 
 class TokenResponse(Record):
@@ -856,6 +906,15 @@ def without_secrets(text: str, form: Form) -> str:
     return printable(text)
 
 
+def advised(words: str) -> str:
+    """A provider's words, and the ADVICE on them if there is any: together 500 characters."""
+    said = re.sub(r"\W+", " ", f" {words} ")
+    for names, advice in ADVICE.items():
+        if any(f" {'AADSTS' * name.isdigit()}{name} " in said for name in names.split(", ")):
+            return f"{words[: 498 - len(advice)].rstrip('. ')}. {advice}"
+    return words[:500]
+
+
 def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes,
                   trouble: str = "") -> bytes:
     """A child's report of a token request. Status 0: no answer, and the body says why. `whole`: the
@@ -888,6 +947,7 @@ def judged(outcome: bytes, form: Form, read: Callable[[dict[str, Any]], Answered
             return read(fields or {})
         except ValueError as reason:
             fault = "" if fields is None or trouble else str(reason)
+    message = advised(message)
     if is_visible_ascii(error) and error not in PASSING_ERRORS:
         raise PermanentError(message, error)
     cause, guess = cause_and_guess(status, error, answer, fault, trouble, option)
@@ -1202,7 +1262,7 @@ def next_step(sign: str, name: str) -> str:
 def error_words(response: Fields) -> str:
     """The provider's words in an authorization response with an `error` (RFC 6749 4.1.2.1)."""
     words = filter(None, map(response.get, ("error", "error_description")))
-    return printable(": ".join(words))[:500] or "no reason given"
+    return advised(printable(": ".join(words))) or "no reason given"
 
 
 def without_state(response: Fields) -> BadRequest:

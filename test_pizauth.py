@@ -68,6 +68,12 @@ CACHED = [  # runs it by its cached bytecode, as its header does, but by the Pyt
     sys.executable, "-c", "import sys; from importlib.machinery import SourceFileLoader as Loader\n"
     "del sys.argv[0]; exec(Loader('__main__', sys.argv[0]).get_code('__main__'))", PROGRAM]
 GOOD = 'auth_uri = "http://a.example"; token_uri = "http://t.example/token"; client_id = "cid";'
+ENDED = ("The login is too old, used up or revoked: log in again; if that fails at once, compare"
+         " redirect_uri with the one in the console")
+DENIED = ("You or an admin said no: approve the login; at Google, first add yourself to the test"
+          " users, or publish the client (Audience, in the console)")
+TRACE = (" Trace ID: 5f7d76c6-ec57-4833-9d29-6087922e2300 Correlation ID:"
+         " 1f207b54-f311-4781-88d1-5a0f0cea3de5 Timestamp: 2025-02-26 16:02:16Z")
 
 
 # ---- What the tests share ----
@@ -1190,7 +1196,7 @@ class MessagesTest(unittest.TestCase):
              "HTTP 200, but its refresh_token is not printable ASCII without blanks"),
             (200, {"access_token": "t", "refresh_token": ["r"]}, "odd", None),
             (400, {"error": "temporarily_unavailable"}, "passing",
-             "HTTP 400: temporarily_unavailable"),
+             "HTTP 400: temporarily_unavailable. The provider has trouble: wait a few minutes"),
             (400, {"error": "server_error"}, "passing", None),
             (200, {"error": "slow_down"}, "passing", "HTTP 200: slow_down"),
             (400, {"error": "slow_down", "error_description": "wait"}, "passing",
@@ -1341,7 +1347,122 @@ class MessagesTest(unittest.TestCase):
                     {"error": "invalid_grant", "error_description": "Token\x07 was\nrevoked."},
                     status)
             self.assertEqual(
-                str(caught.exception), f"HTTP {status}: invalid_grant: Token wasrevoked.")
+                str(caught.exception),
+                f"HTTP {status}: invalid_grant: Token wasrevoked. {ENDED}")
+
+    def test_a_known_error_is_followed_by_its_cause_and_the_next_step(self):
+        tested = set()
+        for names, words, advice in (
+            ("50057", "invalid_grant: AADSTS{}: The user account is disabled.",
+             "Your account is disabled: ask"),
+            ("50072, 50074, 50076, 50079, 50158", "invalid_grant: AADSTS{}: Due to a configuration"
+             " change made by your administrator, or because you moved to a new location, you must"
+             " use multi-factor authentication.", "A second factor is required"),
+            ("50078, 70043", "interaction_required: AADSTS{}: The refresh token has expired or is"
+             " invalid due to sign-in frequency checks by conditional access.",
+             "Your organisation limits how long a login lasts: log in"),
+            ("50132, 50133, 50173", "invalid_grant: AADSTS{}: The provided grant has expired due to"
+             " it being revoked, a fresh auth token is needed.", "The password was changed or the"),
+            ("50196", "invalid_grant: AADSTS{}: The server terminated an operation because it"
+             " encountered a client request loop.", "The provider was asked too often: make"),
+            ("53000, 53001", "interaction_required: AADSTS{}: Device is not in required device"
+             " state: compliant.", "Only devices that your organisation manages"),
+            ("53003, 530032, 530035", "invalid_grant: AADSTS{}: Access has been blocked by"
+             " Conditional Access policies.", "A policy blocks the login: delete device_auth_uri"),
+            ("65001, 65004", "access_denied: AADSTS{}: User declined to consent to access the app.",
+             "The client's access was not accepted: log in"),
+            ("65005, 650057, 90008", "invalid_request: AADSTS{}: Invalid resource. The client has"
+             " requested access to a resource which is not listed in the requested permissions.",
+             "The client lacks a scope: add it"),
+            ("70000", "invalid_grant: AADSTS{}: The request was denied because one or more scopes"
+             " requested are unauthorized or expired.", "The login has ended, or scopes asks for"),
+            ("70008, 700082", "invalid_grant: AADSTS{}: The refresh token has expired due to"
+             " inactivity.", "The login was not used for too long"),
+            ("700084, 9002326, 9002327", "invalid_request: AADSTS{}: Cross-origin token redemption"
+             " is permitted only for the 'Single-Page Application' client-type.",
+             "redirect_uri is registered for a single-page application: register"),
+            ("9002331, 9002332", "invalid_request: AADSTS{}: Application 'cid'(mail) is configured"
+             " for use by Microsoft Account users only. Please use the /consumers endpoint.",
+             "This client is for other accounts: as the tenant"),
+            ("7000218", "invalid_client: AADSTS{}: The request body must contain the following"
+             " parameter: 'client_assertion' or 'client_secret'.", "A secret is required: set"),
+            ("700025", "invalid_client: AADSTS{}: Client is public so neither 'client_assertion'"
+             " nor 'client_secret' should be presented.", "This client must not send a secret"),
+            ("70002, 7000215, 7000222", "invalid_client: AADSTS{}: Invalid client secret provided.",
+             "client_secret is wrong or expired: make"),
+            ("28002, 70011, 700022", "invalid_scope: AADSTS{}: The provided value for the input"
+             " parameter 'scope' is not valid.", "A scope is wrong or of another service: use"),
+            ("50059, 90002", "invalid_request: AADSTS{}: Tenant 'exmaple.org' not found.",
+             "The provider does not know this tenant: check"),
+            ("admin_policy_enforced", "access_denied: Error 400: {}", "Your Workspace blocks this"),
+            ("org_internal", "access_denied: Error 403: {}", "This client is for one organisation"),
+            ("deleted_client", "{}: The OAuth client was deleted.", "The client was deleted or"),
+            ("client was not found", "invalid_client: The OAuth {}.", "The client was deleted or"),
+            ("Token has been expired or revoked", "invalid_grant: {}.", "The login has ended: log"),
+            ("INVALID_INPUT, invalid_redirect_uri", "{}: The request is not acceptable.",
+             "A field is empty or not allowed: check"),
+            ("server_error, temporarily_unavailable", "{}", "The provider has trouble: wait"),
+            ("invalid_grant", "{}: Bad Request", ENDED),
+            ("invalid_grant", "{}: AADSTS54005: OAuth2 Authorization code was already redeemed.",
+             ENDED),
+            ("invalid_grant", "{}: AADSTS501481: The Code_Verifier does not match the"
+             " code_challenge supplied in the authorization request.", ENDED),
+            ("invalid_client", "{}: Unauthorized", "client_id or client_secret is wrong: check"),
+            ("unauthorized_client", "{}: The client is not enabled for consumers.",
+             "This client may not log in this way, or not with this kind of account: check"),
+            ("invalid_request, unsupported_grant_type, unsupported_response_type",
+             "{}: AADSTS9002313: Invalid request. Request is malformed or invalid.",
+             "The request was not understood: check auth_uri"),
+            ("invalid_scope", "{}: Invalid device flow scope: https://mail.google.com/",
+             "A scope is misspelt or not allowed: check"),
+            ("access_denied", "{}", DENIED),
+            ("interaction_required, login_required", "{}: AADSTS50058: Session information is not"
+             " sufficient for single-sign-on.", "The provider wants to ask you something: log in"),
+            ("authorization_declined, bad_verification_code, expired_token", "{}",
+             "The code was refused, wrong or too late: run 'pizauth show'"),
+        ):
+            tested.add(names)
+            for name in names.split(", "):
+                message = f"HTTP 400: {words.format(name)}"
+                with self.subTest(message=message):
+                    told = pizauth.advised(message)
+                    self.assertTrue(told.startswith(f"{message.rstrip('.')}. {advice}"), told)
+                    long = pizauth.advised(message + TRACE * 9)
+                    self.assertTrue(long.startswith(message) and f". {advice}" in long, long)
+                    self.assertLessEqual(len(long), 500)
+        names = {name for names in pizauth.ADVICE for name in names.split(", ")}
+        self.assertEqual({name for names in tested for name in names.split(", ")}, names)
+
+    def test_other_words_are_left_alone(self):
+        for words in (
+            "authorization_pending: AADSTS70016: OAuth 2.0 device flow error. Authorization is"
+            " pending. Continue polling." + TRACE, "authorization_pending", "slow_down: Wait.",
+            "odd: AADSTS7000: x", "odd: AADSTS700080: x", "odd: AADSTS70008x", "odd: xAADSTS70008:",
+            "odd: 70008", "odd: AADSTS 70008", "not_invalid_grant", "invalid_grants: x",
+            "odd: our client was not foundering", "INVALID_INPUTS", "Invalid_Grant", "",
+        ):
+            with self.subTest(words=words):
+                self.assertEqual(pizauth.advised(words), words)
+
+    def test_the_most_specific_advice_wins(self):
+        for words in ("invalid_grant: AADSTS700082: late", "access_denied: AADSTS700082"):
+            self.assertIn(". The login was not used", pizauth.advised(words))
+
+    def test_an_outage_gets_no_advice_to_log_in_again(self):
+        with self.assertRaises(pizauth.TransientError) as caught:
+            self.judge({"error": "invalid_grant"}, 503)
+        self.assertEqual(str(caught.exception), "HTTP 503: invalid_grant")
+
+    def test_the_words_of_an_error_are_cut_and_not_the_advice(self):
+        for words in (("AADSTS700082: late. " + "x" * 999), "AADSTS700082: late." + TRACE * 9):
+            with self.assertRaises(pizauth.PermanentError) as caught:
+                self.judge({"error": "invalid_grant", "error_description": words}, 400)
+            self.assertRegex(str(caught.exception), "^HTTP 400: invalid_grant: AADSTS700082: late. "
+                             ".*[.] The login was not used for too long .*: log in again$")
+            self.assertIn(len(str(caught.exception)), range(490, 501))
+            refused = {"error": "access_denied", "error_description": "AADSTS65004: " + words[20:]}
+            self.assertRegex(pizauth.error_words(refused), "^access_denied: AADSTS65004: .* The"
+                             " client's access was not accepted: log in again, and accept it$")
 
     def test_an_error_message_holds_no_secret_and_is_short(self):
         form = {
@@ -1776,7 +1897,8 @@ class TokensTest(unittest.TestCase):
         world.refresh()
         world.posts.pop().answer(
             400, error="invalid_grant", error_description="Token has been revoked")
-        message = "Refreshing x failed: HTTP 400: invalid_grant: Token has been revoked"
+        message = ("Refreshing x failed: HTTP 400: invalid_grant: Token has been revoked. "
+                   + ENDED)
         self.assertIn((pizauth.ERROR, message), world.logged)
         date = world.clock.date(world.clock.now())
         self.assertIn(f"x: No access token; last error at {date}: {message}", world.status())
@@ -2119,9 +2241,9 @@ class RedirectTest(unittest.TestCase):
             f"/cb?a=b&state={state}&error=access_denied&error_description=You+said%0Ano%3Cb%3E")
         self.assertEqual(
             (status, text),
-            (400, "Authentication for x failed: access_denied: You saidno&lt;b&gt;"))
+            (400, f"Authentication for x failed: access_denied: You saidno&lt;b&gt;. {DENIED}"))
         self.assertIn("x: No access token; last error at", self.world.status())
-        self.assertIn("access_denied: You saidno<b>", self.world.status())
+        self.assertIn(f"access_denied: You saidno<b>. {DENIED}", self.world.status())
 
     def test_no_code_is_400_and_changes_nothing(self):
         state, before = self.world.state(), self.world.status()
@@ -2158,13 +2280,22 @@ class RedirectTest(unittest.TestCase):
         self.world.posts.pop().grant()
         self.assertIn("is authorised", text_of(second[0])[1])
 
+    def test_the_cause_and_the_next_step_of_a_failed_exchange_are_on_the_page(self):
+        pages = self.world.visit(f"/cb?a=b&state={self.world.state()}&code=c0de")
+        words = "AADSTS700025: Client is public." + TRACE
+        self.world.posts.pop().answer(401, error="invalid_client", error_description=words)
+        self.assertEqual(text_of(pages[0])[1].replace("&#x27;", "'"), (
+            f"Authentication for x failed: HTTP 401: invalid_client: {words}. This client"
+            " must not send a secret: delete client_secret"))
+        self.assertIn("To try again, run", pages[0].decode())
+
     def test_an_error_without_a_state_is_repeated_and_changes_nothing(self):
         self.world.show()
         before = self.world.status()
         for query, words in (
             ("error=access_denied&error_description=Ask+your+%3Cadmin%3E",
-             "access_denied: Ask your &lt;admin&gt;"),
-            ("error=unauthorized_client", "unauthorized_client"),
+             f"access_denied: Ask your &lt;admin&gt;. {DENIED}"),
+            ("error=unheard_of", "unheard_of"),
             ("code=c&error=", "no reason given"),
         ):
             (page,) = self.world.visit(f"/cb?a=b&{query}")
@@ -2350,7 +2481,8 @@ class DeviceTest(unittest.TestCase):
 
     def test_a_refusal_of_the_request_ends_the_login(self):
         for answer, reason in (
-            (lambda post: post.answer(400, error="invalid_client"), "HTTP 400: invalid_client"),
+            (lambda post: post.answer(400, error="invalid_client"), "HTTP 400: invalid_client."
+             " client_id, client_secret or client_auth is wrong: compare them with the console"),
             (lambda post: post.answer(404, b""),
              "HTTP 404, but no OAuth answer: is device_auth_uri right?"),
             (lambda post: post.answer(200, b"<html>"),
@@ -2505,13 +2637,19 @@ class DeviceTest(unittest.TestCase):
         self.assertEqual(world.show(), "access_token:at1")
 
     def test_each_final_word_ends_the_login_and_is_told(self):
-        for word in ("expired_token", "access_denied", "authorization_declined",
-                     "bad_verification_code", "invalid_grant", "invalid_client", "odd_word"):
+        fresh = " The code was refused, wrong or too late: run 'pizauth show' for a new one"
+        for word, advice in (
+            ("expired_token", fresh), ("authorization_declined", fresh),
+            ("bad_verification_code", fresh), ("access_denied", f" {DENIED}"),
+            ("invalid_grant", f" {ENDED}"), ("odd_word", ""),
+            ("invalid_client", " client_id or client_secret is wrong: check both in the provider's"
+                               " console"),
+        ):
             for status in (400, 401, 403):
                 with self.subTest(word=word, status=status):
                     world = self.world(options='error_notify_cmd = "e";')
                     self.poll(world).answer(status, error=word, error_description="Why.")
-                    message = f"Authentication for x failed: HTTP {status}: {word}: Why."
+                    message = f"Authentication for x failed: HTTP {status}: {word}: Why.{advice}"
                     self.assertEqual(world.commands.pop().variables["PIZAUTH_MSG"], message)
                     self.assertIn("x: No access token; last error at", world.status())
                     world.wait(100)
@@ -2712,8 +2850,9 @@ class CompleteTest(unittest.TestCase):
     def test_an_error_in_it_ends_the_login_as_at_the_listener(self):
         text = self.url.replace("code=c0de%2F1", "error=access_denied&error_description=No+%27t")
         (reply,) = self.world.park(f"complete:{text}")
-        self.assertEqual(reply, "error:Authentication for x failed: access_denied: No 't. To try"
-                                " again, run 'pizauth show x' and open the URL that it prints.")
+        self.assertEqual(reply, "error:Authentication for x failed: access_denied: No 't."
+                                f" {DENIED}. To try again, run 'pizauth show x' and open the URL"
+                                " that it prints.")
         self.assertIn("x: No access token", self.world.status())
 
     def test_it_waits_for_a_slow_provider(self):
@@ -2733,7 +2872,8 @@ class CompleteTest(unittest.TestCase):
                                    " how it ends."])
         replies = self.world.park(f"complete:{self.url}")  # the code is posted once only
         self.world.posts.pop().answer(400, error="invalid_grant")
-        self.assertIn("error:Authentication for x failed: HTTP 400: invalid_grant. To", replies[0])
+        self.assertIn(f"error:Authentication for x failed: HTTP 400: invalid_grant. {ENDED}. To",
+                      replies[0])
         self.assertEqual(self.world.posts, [])
 
     def test_a_redirect_that_came_already_is_told_so(self):
@@ -2793,8 +2933,8 @@ class ProviderFitTest(unittest.TestCase):
         secret = "a+b%3A%2F%2B%25%C3%BC"
         encoded = base64.b64encode(f"cid:{secret}".encode()).decode()
         self.assertEqual(post.authorization, f"Basic {encoded}")
-        post.answer(400, error="invalid_client", error_description=f"no {encoded} a b:/+%ü")
-        self.assertIn("invalid_client: no ... ...", world.status())
+        post.answer(400, error="invalid_client", error_description=f"no {encoded} a b:/+%ü!")
+        self.assertIn("invalid_client: no ... ...!", world.status())
         world = self.pending('client_auth = "basic";')  # a client without a secret
         self.assertEqual(world.posts[0].authorization, "")
 
@@ -3072,7 +3212,8 @@ class ShowTest(unittest.TestCase):
         world.clock.advance(60)
         replies = self.show(world, "withurl", "wait=300")
         world.posts.pop().answer(400, error="invalid_grant")
-        self.assertEqual(replies, ["error:Refreshing x failed: HTTP 400: invalid_grant"])
+        self.assertTrue(replies[0].startswith(
+            "error:Refreshing x failed: HTTP 400: invalid_grant. The login is too old, used up"))
 
     def test_a_device_code_ends_no_wait(self):
         world = World(DEVICE.format("x", ""))
@@ -3350,7 +3491,7 @@ class HooksTest(unittest.TestCase):
         self.assertIn(ran, (10, 11))
 
     def test_lost_logins_go_to_error_notify_cmd_or_else_to_the_log(self):
-        message = "Refreshing x failed: HTTP 400: invalid_grant"
+        message = f"Refreshing x failed: HTTP 400: invalid_grant. {ENDED}"
         for options in ((), ("error_notify_cmd",)):
             world = self.world(*options)
             world.authorise()
@@ -3362,10 +3503,21 @@ class HooksTest(unittest.TestCase):
                 expected = {"PIZAUTH_ACCOUNT": "x", "PIZAUTH_MSG": message}
                 self.assertEqual((command.variables, command.limit), (expected, 60))
 
+    def test_the_cause_and_the_next_step_are_in_pizauth_msg_and_in_status(self):
+        world = self.world("error_notify_cmd")
+        world.authorise()
+        world.refresh()
+        world.posts.pop().answer(400, error="invalid_grant", error_description=(
+            "AADSTS50173: The provided grant has expired due to it being revoked." + TRACE * 5))
+        told = world.commands.pop().variables["PIZAUTH_MSG"]
+        self.assertRegex(told, "^Refreshing x failed: HTTP 400: invalid_grant: AADSTS50173: The .*"
+                               r"\. The password was changed or the login revoked: log in again$")
+        self.assertTrue(world.status().partition("\n")[0].endswith(told), world.status())
+
     def test_error_notify_cmd_runs_for_failed_logins_but_not_for_transient_failures(self):
         world = self.world("error_notify_cmd")
         world.visit(f"/?state={world.state()}&error=access_denied")
-        expected = "Authentication for x failed: access_denied"
+        expected = f"Authentication for x failed: access_denied. {DENIED}"
         self.assertEqual(world.commands.pop().variables["PIZAUTH_MSG"], expected)
         world.authorise()
         world.refresh()
@@ -4674,6 +4826,8 @@ EVIL = [
     *[(judged, 1 << 20, lambda n, piece=piece: b'{"error": "e", "expires_in": 5,'
        b'"error_description": "' + (piece * n)[:n] + b'"}') for piece in (
         b".", b"a", b"\\u0000", b"aa.", b"&lt;")],
+    *[(pizauth.advised, 1 << 20, lambda n, piece=piece: piece * (n // len(piece))) for piece in (
+        "x", ".a", "AADSTS", "AADSTS7000 ", "client was not foun ", "Token has been expired or ")],
     *[(judged, 1 << 20, lambda n, piece=piece: b'{"access_token": "t", "expires_in": '
        + (piece * n)[:n] + b"}") for piece in (b"9", b"1e9", b"[", b"0.")],
     (fuzz_control, 1 << 16, lambda n: b"showtoken:withurl " + b"a" * n),
