@@ -766,7 +766,7 @@ ADVICE = {  # What a provider's words mean, and what to do: AADSTS numbers, phra
     "server_error, temporarily_unavailable": "The provider has trouble: wait a few minutes",
     "invalid_grant": "The login is too old, used up or revoked: log in again; if that fails at"
         " once, compare redirect_uri with the one in the console",
-    "invalid_client": "client_id, client_secret or client_auth is wrong: compare them with the console",
+    "invalid_client": "client_id, client_secret or client_auth is wrong: check them in the console",
     "unauthorized_client": "This client may not log in this way, or not with this kind of account:"
         " check client_id and the client's account types in the console",
     "invalid_request, unsupported_grant_type, unsupported_response_type": "The request was not"

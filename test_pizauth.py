@@ -1407,7 +1407,7 @@ class MessagesTest(unittest.TestCase):
              ENDED),
             ("invalid_grant", "{}: AADSTS501481: The Code_Verifier does not match the"
              " code_challenge supplied in the authorization request.", ENDED),
-            ("invalid_client", "{}: Unauthorized", "client_id or client_secret is wrong: check"),
+            ("invalid_client", "{}: Unauthorized", "client_id, client_secret or client_auth is wrong"),
             ("unauthorized_client", "{}: The client is not enabled for consumers.",
              "This client may not log in this way, or not with this kind of account: check"),
             ("invalid_request, unsupported_grant_type, unsupported_response_type",
@@ -2482,7 +2482,7 @@ class DeviceTest(unittest.TestCase):
     def test_a_refusal_of_the_request_ends_the_login(self):
         for answer, reason in (
             (lambda post: post.answer(400, error="invalid_client"), "HTTP 400: invalid_client."
-             " client_id, client_secret or client_auth is wrong: compare them with the console"),
+             " client_id, client_secret or client_auth is wrong: check them in the console"),
             (lambda post: post.answer(404, b""),
              "HTTP 404, but no OAuth answer: is device_auth_uri right?"),
             (lambda post: post.answer(200, b"<html>"),
@@ -2642,8 +2642,8 @@ class DeviceTest(unittest.TestCase):
             ("expired_token", fresh), ("authorization_declined", fresh),
             ("bad_verification_code", fresh), ("access_denied", f" {DENIED}"),
             ("invalid_grant", f" {ENDED}"), ("odd_word", ""),
-            ("invalid_client", " client_id or client_secret is wrong: check both in the provider's"
-                               " console"),
+            ("invalid_client", " client_id, client_secret or client_auth is wrong: check them in"
+                               " the console"),
         ):
             for status in (400, 401, 403):
                 with self.subTest(word=word, status=status):
