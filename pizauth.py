@@ -710,7 +710,7 @@ class Parser:
 
 
 # ---- OAuth 2.0 messages ----
-# One pure function a message: built and judged here, sent by post_form alone.
+# One pure function a message: built and judged here, sent by fetch alone.
 
 TOKEN_REQUEST_LIMIT = 30  # Seconds that one token request may take in all, look-ups included.
 RETRY_AFTER_LIMIT = 3600  # A Retry-After of more seconds is shortened to this.
@@ -2468,8 +2468,9 @@ def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
     return reason.encode("utf-8", "replace")
 
 
-def post_form(uri: str, form: Form, authorization: str = "") -> bytes:
-    """In a child: post a form, with that header if it is not empty; returns outcome_bytes()."""
+def fetch(uri: str, form: Form | None = None, authorization: str = "") -> bytes:
+    """In a child, or `discover`: post a form, or GET if there is none, with that header if it is
+    not empty; returns outcome_bytes()."""
     import http.client
     import urllib.request
 
@@ -2489,7 +2490,8 @@ def post_form(uri: str, form: Form, authorization: str = "") -> bytes:
     socket.create_connection = partial(connect, socket.create_connection)
     headers = {"Accept": "application/json", "User-Agent": f"pizauth.py/{VERSION}",
                **({"Authorization": authorization} if authorization else {})}
-    request = urllib.request.Request(uri, urllib.parse.urlencode(form).encode(), headers)
+    data = None if form is None else urllib.parse.urlencode(form).encode()
+    request = urllib.request.Request(uri, data, headers)
     try:
         proxies = urllib.request.ProxyHandler(proxy_for(uri))
         with urllib.request.build_opener(proxies, AnyStatus).open(request) as response:
@@ -2586,7 +2588,7 @@ def connect(one_address: Callable[..., socket.socket], host: tuple[str, int],
     for _turn, (*_kind, address) in sorted(zip(turns, found), key=lambda pair: pair[0]):
         try:
             sock = one_address(address[:2], CONNECT_TIMEOUT)
-            sock.settimeout(None)  # an answer given up too soon may have held a rotated token
+            sock.settimeout(socket.getdefaulttimeout())  # in children None, lest a token be lost
             return sock
         except OSError as error:
             reason = error
@@ -2791,7 +2793,7 @@ class Children:
                 reason += ": " + output.decode("utf-8", "replace")
             then(output if status == 0 else outcome_bytes(0, 0, False, reason.encode()))
 
-        work = partial(post_form, uri, form, authorization)
+        work = partial(fetch, uri, form, authorization)
         return self.add(Job(kind=kind, host=host, work=work, limit=TOKEN_REQUEST_LIMIT, then=ended))
 
     def run(self, command: str, variables: Fields, limit: float, then: Ended,
@@ -3790,7 +3792,7 @@ def leave_terminal(writer: int, server: Server) -> None:
 # A client sends one request. It speaks through `_socket`, the half of `socket` written in C, and a
 # plain `show ACCOUNT` builds no parser: it runs at every login of a mail program.
 
-CLIENT_TIMEOUT = 10  # Seconds that a client waits for the server's next byte.
+CLIENT_TIMEOUT = 10  # Seconds that a client waits for the next byte.
 CONNECT_AGAIN = 0.05  # Seconds until a client that found the socket's queue full tries again.
 WAIT = 60  # Seconds that `show -w` waits if it is not told how long.
 PASTED = 0.5  # Seconds after which no more lines of a pasted address are expected.
@@ -3985,6 +3987,59 @@ def info(options: argparse.Namespace) -> None:
         *[f"  {titles[key]}: {server_info[key]}" for key in titles if key in server_info], ""]))
 
 
+def provider_uri(name: str, uri: str) -> str:
+    """A URI in normal form, not of http: except on this machine. Raises PizauthError."""
+    try:
+        if (normal := normal_uri(uri)).startswith("http:") and not is_loopback(normal):
+            raise ValueError("http: is for this machine alone: it must be https:")
+        return normal
+    except ValueError as error:
+        raise PizauthError(printable(f"{error} ({name} {uri})")[:500]) from None
+
+
+def account_block(issuer: str, metadata: dict[str, Any]) -> str:
+    """An account by an issuer's untrusted metadata (RFC 8414 2, 8628 4). Raises PizauthError."""
+    texts = {name: value for name, value in metadata.items() if isinstance(value, str)}
+    found = texts.get("issuer", "")
+    if found not in (issuer, issuer + "/"):  # RFC 8414 3.3
+        raise PizauthError(f"The metadata of {issuer} has the issuer '{printable(found)[:200]}':"
+                           " ask for that one if you mean it")
+    uris = {option: provider_uri(name, texts[name]) for option, name in (
+        ("auth_uri", "authorization_endpoint"),
+        ("device_auth_uri", "device_authorization_endpoint"), ("token_uri", "token_endpoint"),
+        ("revoke_uri", "revocation_endpoint")) if name in texts}
+    if "token_uri" not in uris or not {"auth_uri", "device_auth_uri"} & uris.keys():
+        raise PizauthError(f"The metadata of {issuer} lacks endpoints: write the account by hand")
+    # JSON's strings are printable ASCII; those of URIs are also the configuration's.
+    lines = [f"{option} = {json.dumps(uri)};" for option, uri in (*uris.items(), ("issuer", found))]
+    if "auth_uri" in uris and "device_auth_uri" in uris:
+        lines[1] = f"// {lines[1]}  // logs in with a code instead"
+    scopes = metadata.get("scopes_supported")
+    known = [one for one in scopes if isinstance(one, str)] if isinstance(scopes, list) else []
+    return "\n    ".join([
+        f"account {json.dumps(urllib.parse.urlsplit(issuer).hostname)} {{", *lines,
+        'client_id = "";  // fill in what the provider gave you for your client',
+        f"// scopes = {json.dumps(known)};  // choose from these, and add those for mail",
+        'redirect_uri = "http://localhost/";']) + "\n}\n"
+
+
+def discover(options: argparse.Namespace) -> None:
+    """Print an account by an issuer's metadata (OpenID Connect Discovery 1.0 4, RFC 8414 3)."""
+    server_imports()
+    socket.setdefaulttimeout(CLIENT_TIMEOUT)
+    typed = options.issuer if "://" in options.issuer else f"https://{options.issuer}"
+    issuer = provider_uri("issuer", typed).removesuffix("/")
+    for uri in (issuer + "/.well-known/openid-configuration", re.sub(
+            "//[^/]+", r"\g<0>/.well-known/oauth-authorization-server", issuer, count=1)):
+        head, _, body = fetch(uri).partition(b"\n")
+        status = int(head.split()[0])
+        if status == 200 and (metadata := json_object(body)):
+            put(account_block(issuer, metadata))
+            return
+    reason = f"HTTP {status} at {uri}" if status else printable(body.decode("utf-8", "replace"))
+    raise PizauthError(f"No metadata of {issuer}: {reason}: is that the issuer's right name?")
+
+
 def dump(options: argparse.Namespace) -> None:
     """Print a dump. A truncated one must not replace a good one, so it is checked first."""
     if os.isatty(1):
@@ -4069,6 +4124,7 @@ def server(options: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str, ...]]] = {
     "complete": (complete, "finish a login whose browser could not reach the server", ("url",)),
+    "discover": (discover, "print an account, by the metadata of a provider", ("issuer",)),
     "dump": (dump, "write the tokens to standard output", ()),
     "info": (info, "print where things are and what the server says about itself",
              ("-c --config", "-j")),
@@ -4104,6 +4160,7 @@ def sasl_user(text: str) -> str:
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "account": {"metavar": "ACCOUNT", "help": "a configured account"},
+    "issuer": {"metavar": "ISSUER", "help": "the provider's, such as https://login.example.com"},
     "url": {"metavar": "URL", "nargs": "?", "help": "the address at which the browser ended; if"
             " left out, it is read from standard input and stays out of the list of processes"},
     "-c --config": {"metavar": "FILE", "help": "the configuration file"},

@@ -1407,7 +1407,7 @@ class MessagesTest(unittest.TestCase):
              ENDED),
             ("invalid_grant", "{}: AADSTS501481: The Code_Verifier does not match the"
              " code_challenge supplied in the authorization request.", ENDED),
-            ("invalid_client", "{}: Unauthorized", "client_id, client_secret or client_auth is wrong"),
+            ("invalid_client", "{}: Unauthorized", "client_id, client_secret or client_auth is"),
             ("unauthorized_client", "{}: The client is not enabled for consumers.",
              "This client may not log in this way, or not with this kind of account: check"),
             ("invalid_request, unsupported_grant_type, unsupported_response_type",
@@ -6890,6 +6890,219 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual(socks[199].recv(99), b"error:pizauth was stopped: start it again.")
 
 
+ISSUER = "https://login.example.com/tenant"
+METADATA = {
+    "issuer": ISSUER, "authorization_endpoint": f"{ISSUER}/authorize?p=1",
+    "device_authorization_endpoint": f"{ISSUER}/device", "token_endpoint": f"{ISSUER}/token",
+    "revocation_endpoint": f"{ISSUER}/revoke", "jwks_uri": f"{ISSUER}/keys",
+    "scopes_supported": ["openid", "offline_access"], "response_types_supported": ["code"]}
+INJECTION = '";\n startup_cmd = "id'
+DEEP = json.loads("[" * 500 + "]" * 500)
+HOSTILE_METADATA = [  # what is changed, and the error
+    *[({"issuer": issuer}, f"The metadata of {ISSUER} has the issuer '{shown}': ask for that one if"
+       " you mean it") for issuer, shown in (
+        ("https://evil.example\x1b[2J" + "x" * 999, "https://evil.example[2J" + "x" * 177),
+        (f"{ISSUER}//", f"{ISSUER}//"), (f"{ISSUER}x", f"{ISSUER}x"),
+        (ISSUER.upper(), ISSUER.upper()),
+        *[(issuer, "") for issuer in ("", None, [ISSUER], {}, 5.0, DEEP)])],
+    *[({"token_endpoint": uri}, f"{reason} (token_endpoint {shown})") for uri, reason, shown in (
+        ("http://t.example/", "http: is for this machine alone: it must be https:",
+         "http://t.example/"),
+        (f"https://t.example/{INJECTION}",
+         "Invalid URI: it has blanks around it, or control characters in it",
+         'https://t.example/"; startup_cmd = "id'),
+        ("javascript:alert(1)", "This is not a valid HTTP or HTTPS URI: it starts with javascript:"
+         " instead of https:", "javascript:alert(1)"),
+        ("https://u:p@t.example/", "Invalid URI: a user name or password in it is not supported",
+         "https://u:p@t.example/"),
+        ("https://t.example/\ud800", "'utf-8' codec can't encode character '\\ud800' in position 1:"
+         " surrogates not allowed", "https://t.example/"),
+        ("", "Invalid URI: it must start with https:// or http://", ""))],
+    *[({"token_endpoint": uri}, f"The metadata of {ISSUER} lacks endpoints: write the account by"
+       " hand") for uri in (None, 5.0, [f"{ISSUER}/token"], {"a": f"{ISSUER}/token"}, DEEP)],
+    ({"authorization_endpoint": None, "device_authorization_endpoint": None},
+     f"The metadata of {ISSUER} lacks endpoints: write the account by hand"),
+]
+
+
+class MetadataHandler(ProviderHandler):
+    """Answers a GET by the provider's `documents`: status and answer, or a function, by path."""
+
+    def do_GET(self):
+        provider = self.server.provider
+        provider.asked.append(self.path)
+        found = provider.documents.get(self.path, (404, b"not here"))
+        if callable(found):
+            return found(self)
+        self.reply(*found, headers=[("Location", provider.url + "/elsewhere")])
+
+
+class MetadataProvider(Provider):
+    handler = MetadataHandler
+
+    def __init__(self):
+        self.documents, self.asked = {}, []
+        super().__init__()
+
+    def metadata(self, issuer):
+        return {"issuer": issuer, "authorization_endpoint": f"{self.url}/authorize",
+                "token_endpoint": f"{self.url}/token"}
+
+
+class DiscoverTest(unittest.TestCase):
+    OPENID, OAUTH = "/.well-known/openid-configuration", "/.well-known/oauth-authorization-server"
+
+    def setUp(self):
+        self.provider, self.daemon = MetadataProvider(), Daemon("")
+        self.addCleanup(self.provider.close)
+        self.addCleanup(self.daemon.__exit__)
+
+    def block(self, **changed):
+        return pizauth.account_block(ISSUER, {**METADATA, **changed})
+
+    def parsed(self, block):
+        """The account in a block, without the options that this version does not have."""
+        lines = [line for line in block.splitlines()
+                 if line.split()[0] not in {"revoke_uri", "issuer"} - {*pizauth.Account.options()}]
+        [found] = pizauth.parse("\n".join(lines)).accounts.values()
+        return found
+
+    def fails(self, done, message):
+        self.assertEqual(
+            (done.returncode, done.stdout, done.stderr), (1, "", f"ERROR - {message}\n"))
+
+    def test_the_block_of_an_account(self):
+        block = self.block()
+        self.assertEqual(block, """\
+account "login.example.com" {
+    auth_uri = "https://login.example.com/tenant/authorize?p=1";
+    // device_auth_uri = "https://login.example.com/tenant/device";  // logs in with a code instead
+    token_uri = "https://login.example.com/tenant/token";
+    revoke_uri = "https://login.example.com/tenant/revoke";
+    issuer = "https://login.example.com/tenant";
+    client_id = "";  // fill in what the provider gave you for your client
+    // scopes = ["openid", "offline_access"];  // choose from these, and add those for mail
+    redirect_uri = "http://localhost/";
+}
+""")
+        found = self.parsed(block)
+        self.assertEqual((found.name, found.auth_uri, found.token_uri, found.device_auth_uri), (
+            "login.example.com", f"{ISSUER}/authorize?p=1", f"{ISSUER}/token", None))
+        found = self.parsed(block.replace("// device", "device").replace("// scopes", "scopes"))
+        self.assertEqual((found.device_auth_uri, found.scopes),
+                         (f"{ISSUER}/device", ("openid", "offline_access")))
+
+    def test_a_provider_that_knows_only_the_device_login(self):
+        found = self.parsed(self.block(authorization_endpoint=None, scopes_supported=None))
+        self.assertEqual((found.auth_uri, found.device_auth_uri), ("", f"{ISSUER}/device"))
+
+    def test_a_slash_at_the_issuers_end_is_printed_as_the_metadata_has_it(self):
+        self.assertIn(f'\n    issuer = "{ISSUER}/";\n', self.block(issuer=f"{ISSUER}/"))
+
+    def test_hostile_metadata_is_refused(self):
+        for changed, message in HOSTILE_METADATA:
+            with self.subTest(changed=str(changed)[:99]):
+                with self.assertRaises(pizauth.PizauthError) as caught:
+                    self.block(**changed)
+                self.assertEqual(str(caught.exception), message)
+
+    def test_hostile_metadata_that_is_printed_changes_no_other_line(self):
+        usual = [line for line in self.block().splitlines() if "issuer" in line or "id" in line]
+        for name, value in (
+            *[("token_endpoint", f"https://t.example/{path}") for path in (
+                '";startup_cmd="id";//', "\\", "\u202e\x9b2J\u2028", "{}$(id)`id`'", " x")],
+            ("token_endpoint", 'https://t";{}.example/'), ("token_endpoint", "http://localhost:1/"),
+            ("device_authorization_endpoint", "https://d.example/\u2028token_uri"),
+            *[("scopes_supported", scopes) for scopes in (
+                [INJECTION, "\x1b[2J", "\x9b2J", "\u2028x", "\ud800", "\x7f", None, 5.0, DEEP], {},
+                "openid", {INJECTION: 1}, 5.0, True, DEEP)],
+        ):
+            with self.subTest(name=name, value=str(value)[:99]):
+                block = self.block(**{name: value})
+                self.assertRegex(block, r"\A[ -~\n]+\Z")
+                self.assertEqual(len(block.splitlines()), 10)
+                self.assertLess(set(usual[:-1]), set(block.splitlines()))
+                self.parsed(block)
+                uri = self.parsed(block.replace("// device", "device")).token_uri
+                if name == "token_endpoint":
+                    self.assertEqual(uri, pizauth.normal_uri(value))
+
+    def test_where_metadata_is_looked_for(self):
+        """With and without a path, and a slash: the person's need not be the provider's."""
+        url = self.provider.url
+        for path, place in (("", self.OPENID), ("", self.OAUTH), ("/a/b", f"/a/b{self.OPENID}"),
+                            ("/a/b", f"{self.OAUTH}/a/b")):
+            for typed, real in itertools.product(("", "/"), repeat=2):
+                with self.subTest(place=place, typed=typed, real=real):
+                    self.provider.asked.clear()
+                    issuer = url + path + real
+                    self.provider.documents = {place: (200, self.provider.metadata(issuer))}
+                    done = self.daemon.run("discover", url + path + typed)
+                    self.assertEqual((done.returncode, done.stderr), (0, ""))
+                    self.assertIn(f'\n    issuer = "{issuer}";\n', done.stdout)
+                    self.assertEqual(self.parsed(done.stdout).auth_uri, f"{url}/authorize")
+                    self.assertEqual(self.provider.asked[-1], place)
+        self.assertEqual(os.listdir(self.daemon.directory), ["pizauth.conf"])  # no server's
+
+    def test_issuers_that_are_not_asked(self):
+        for issuer, message in (
+            ("http://login.example.com", "http: is for this machine alone: it must be https:"
+             " (issuer http://login.example.com)"),
+            ("ftp://x", "This is not a valid HTTP or HTTPS URI: it starts with ftp: instead of"
+             " https: (issuer ftp://x)"),
+            ("me@login.example.com", "Invalid URI: a user name or password in it is not supported"
+             " (issuer https://me@login.example.com)"),
+            ("", "Invalid URI: its host or port is missing or misspelt; write https://HOST/PATH"
+             " (issuer https://)")):
+            with self.subTest(issuer=issuer):
+                self.fails(self.daemon.run("discover", issuer), message)
+
+    def test_without_a_scheme_it_is_https(self):
+        place = self.provider.url.partition("//")[2]
+        self.assertRegex(self.daemon.run("discover", place).stderr,
+                         rf"^ERROR - No metadata of https://{place}: no answer from {place}: .*\n$")
+
+    def test_metadata_of_another_issuer_is_refused(self):
+        url = self.provider.url
+        self.provider.documents = {
+            f"/a{self.OPENID}": (200, self.provider.metadata(f"{url}/b")),
+            f"{self.OAUTH}/a": (200, self.provider.metadata(f"{url}/a"))}
+        self.fails(self.daemon.run("discover", f"{url}/a"),
+                   f"The metadata of {url}/a has the issuer '{url}/b': ask for that one if you mean"
+                   " it")
+
+    def test_answers_that_are_no_metadata(self):
+        url = self.provider.url
+        long = json.dumps(self.provider.metadata(url)).encode().ljust((1 << 20) + 1)
+        for answer, reason in (
+            (None, f"HTTP 404 at {url}{self.OAUTH}"), ((302, {}), f"HTTP 302 at {url}{self.OAUTH}"),
+            ((200, PORTAL), f"HTTP 200 at {url}{self.OAUTH}"),
+            ((200, long), f"HTTP 200 at {url}{self.OAUTH}"),
+            ((200, b"[" * 10**6), f"HTTP 200 at {url}{self.OAUTH}"),
+            ((200, {}), f"HTTP 200 at {url}{self.OAUTH}"),
+            (FAULTS["short"][1], f"no answer from {url[7:]}: it was cut short"),
+            (FAULTS["garbage"][1], f"no answer from {url[7:]}: it is not HTTP (BadStatusLine)"),
+        ):
+            with self.subTest(reason=reason):
+                found = (lambda handler, fault=answer: fault(handler, {})) if callable(answer) \
+                    else answer
+                self.provider.documents = {} if answer is None else {
+                    self.OPENID: found, self.OAUTH: found}
+                self.fails(self.daemon.run("discover", url),
+                           f"No metadata of {url}: {reason}: is that the issuer's right name?")
+        self.assertEqual(set(self.provider.asked), {self.OPENID, self.OAUTH})  # not /elsewhere
+
+    def test_a_provider_that_is_silent_is_given_up(self):
+        self.provider.documents = dict.fromkeys(
+            (self.OPENID, self.OAUTH), lambda handler: FAULTS["silent"][1](handler, {}))
+        done = subprocess.run(
+            [sys.executable, "-c", "import pizauth, sys; pizauth.CLIENT_TIMEOUT = 0.2\n"
+             "sys.exit(pizauth.main())", "discover", self.provider.url], cwd=HERE, text=True,
+            capture_output=True, env=self.daemon.environment, timeout=20)
+        self.fails(done, f"No metadata of {self.provider.url}: no answer from"
+                         f" {self.provider.url[7:]}: timed out: is that the issuer's right name?")
+
+
 class HeaderTest(unittest.TestCase):
     """A plain copy of the program, run by its name as its users run it."""
 
@@ -7796,7 +8009,7 @@ class EndToEndTest(unittest.TestCase):
         """What a token request in a process of its own reports: status, and the rest."""
         script = (
             "import os, sys, pizauth; pizauth.server_imports()\n"
-            "outcome = pizauth.post_form(sys.argv[1], [('grant_type', 'refresh_token')])\n"
+            "outcome = pizauth.fetch(sys.argv[1], [('grant_type', 'refresh_token')])\n"
             "os.write(1, outcome)")
         uri = path if "://" in path else self.provider.url + path
         done = subprocess.run(
@@ -7854,7 +8067,7 @@ class EndToEndTest(unittest.TestCase):
         self.provider.broken = True
         script = (
             "import sys, pizauth; pizauth.server_imports(); "
-            "pizauth.post_form(sys.argv[1], [('grant_type', 'refresh_token')]);"
+            "pizauth.fetch(sys.argv[1], [('grant_type', 'refresh_token')]);"
             "print(next(line for line in open('/proc/self/status') "
             "if line.startswith('VmHWM')).split()[1])"
         )
@@ -8211,7 +8424,7 @@ class AuthlibTest(unittest.TestCase):
         self.assertEqual(self.provider.requests, ["authorization_code"] + ["refresh_token"] * 3)
         used = issued[0].refresh_token  # which the provider does not take again
         form = [*AUTHLIB_CLIENT.items(), ("grant_type", "refresh_token"), ("refresh_token", used)]
-        outcome = pizauth.post_form(self.provider.url + "/token", form)
+        outcome = pizauth.fetch(self.provider.url + "/token", form)
         with self.assertRaisesRegex(pizauth.PermanentError, "^HTTP 400: invalid_grant"):
             token_response(outcome, form)
 
