@@ -4102,8 +4102,11 @@ def typed_address() -> str:
 
 
 def server(options: argparse.Namespace) -> None:
-    """Run the daemon, in the foreground or in a child."""
+    """Run the daemon, in the foreground or in a child, or only check its configuration."""
     server_imports()
+    if options.check:
+        load_config(config_path(options.config), lambda text: complain(f"WARNING - {text}"))
+        return
     open_standard_streams()
     with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as comm:
         comm.write("pizauth")  # the name of this process, for pgrep; Linux only
@@ -4136,7 +4139,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str
     "restore": (restore, "read tokens from a dump on standard input", ()),
     "revoke": (lambda options: request(b"revoke", os.fsencode(options.account)),
                "have the server forget an account's tokens", ("account",)),
-    "server": (server, "start the server", ("-c --config", "-d")),
+    "server": (server, "start the server", ("-c --config", "-d", "-n")),
     "show": (show, "print an access token", ("-u", "-w", "-l", "-j", "-x", "account")),
     "shutdown": (lambda _: ask(b"shutdown:"), "stop the server", ()),
     "status": (lambda options: put(request(b"status", b"json" if options.json else b"") + "\n"),
@@ -4166,6 +4169,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "-c --config": {"metavar": "FILE", "help": "the configuration file"},
     "-d": {"dest": "foreground", "action": "store_true", "help": "stay in the foreground"},
     "-j": {"dest": "json", "action": "store_true", "help": "print JSON"},
+    "-n": {"dest": "check", "action": "store_true", "help": "only check the configuration"},
     "-l": {"dest": "life", "metavar": "SECONDS", "type": seconds, "default": 0,
            "help": "want a token that lasts so long, at most a day; refresh it first if need be"},
     "-w": {"dest": "wait", "metavar": "SECONDS", "type": seconds, "default": 0,

@@ -6381,11 +6381,30 @@ class CommandLineTest(unittest.TestCase):
                 "Cannot read the configuration /: Is a directory")
             with open(path, "w", encoding="ascii") as file:
                 file.write("\nrefresh_rety = 5s;")
-            self.fails(self.run_in(directory, "server", "-d"), (
-                f"{path}: line 2, column 1: Unknown option 'refresh_rety': did you mean "
-                "'refresh_retry'?\n    refresh_rety = 5s;\n    ^"
-            ))
+            for option in ("-n", "-d"):
+                self.fails(self.run_in(directory, "server", option), (
+                    f"{path}: line 2, column 1: Unknown option 'refresh_rety': did you mean "
+                    "'refresh_retry'?\n    refresh_rety = 5s;\n    ^"
+                ))
             self.assertEqual(os.listdir(f"{directory}/pizauth"), ["pizauth.lock"])
+
+    def test_a_configuration_is_checked_without_a_server(self):
+        """One runs here, and is neither asked nor disturbed; elsewhere none is started."""
+        before = os.listdir(os.path.dirname(self.daemon.socket))
+        done = self.daemon.run("server", "-n")
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+        self.assertEqual(os.listdir(os.path.dirname(self.daemon.socket)), before)
+        with tempfile.TemporaryDirectory(prefix="piz") as directory:
+            path = f"{directory}/other.conf"
+            self.assertRegex(self.run_in(directory, "server", "-n").stderr,
+                             "^ERROR - No config file found at ")
+            with open(path, "w", encoding="ascii") as file:
+                file.write(account("x"))
+            os.chmod(path, 0o622)
+            done = self.run_in(directory, "server", "-n", "-c", path)
+            self.assertEqual((done.returncode, done.stdout), (0, ""))
+            self.assertRegex(done.stderr, f"^WARNING - Other users can change {path}, .*\n$")
+            self.assertEqual(os.listdir(directory), ["other.conf"])
 
     def test_a_port_in_use_is_said_before_the_server_daemonises(self):
         with tempfile.TemporaryDirectory(prefix="piz") as directory, \
