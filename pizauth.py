@@ -3762,17 +3762,15 @@ def close_inherited() -> None:
                 os.close(descriptor)
 
 
-def daemonise(serve: Callable[[Callable[[Server], None]], None]) -> None:
-    """Run serve(ready) in a child; return once it has called ready(), or exit 1 if it has failed
-    and said why on the terminal. Raises OSError if there can be no child."""
+def daemonise() -> int:
+    """Go on in a child; returns the pipe on which it is to say that it is ready. The starter waits
+    for that and exits: with 1 if the child failed, which has said why. Raises OSError."""
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)
-        if not os.read(reader, 1):
-            raise SystemExit(1)
-    else:
-        os.close(reader)
-        serve(partial(leave_terminal, writer))
+        raise SystemExit(0 if os.read(reader, 1) else 1)
+    os.close(reader)
+    return writer
 
 
 def leave_terminal(writer: int, server: Server) -> None:
@@ -4112,15 +4110,9 @@ def server(options: argparse.Namespace) -> None:
         comm.write("pizauth")  # the name of this process, for pgrep; Linux only
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # else `stty tostop` stops us at a log line
     verbosity = min(options.verbose + options.verbose_before, TRACE)
-
-    def serve(ready: Callable[[Server], None]) -> None:
-        Server(config_path(options.config), verbosity, ready).run()
-
     try:
-        if options.foreground:
-            serve(lambda server: None)
-        else:
-            daemonise(serve)
+        ready = (lambda _: None) if options.foreground else partial(leave_terminal, daemonise())
+        Server(config_path(options.config), verbosity, ready).run()
     except OSError as error:
         raise PizauthError(f"Cannot start the server: {error.strerror or error}") from None
 
