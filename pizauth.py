@@ -3672,12 +3672,11 @@ class Server:
     def _apply(self, config: Config, no_https: str, then: Reloaded) -> None:
         """Take a configuration, all or nothing; without a certificate `no_https` says why."""
         wanted = {scheme: config.addresses(scheme) for scheme in self.redirects}
-        account = config.https_account()
         try:
-            if self.context is None and account is not None:
-                raise PizauthError(f"Account {printable(account.name)} has an 'https' redirect, but"
-                                   f" {no_https}")
             if self.context is None and wanted["https"]:
+                if account := config.https_account():
+                    raise PizauthError(f"Account {printable(account.name)} has an 'https' redirect,"
+                                       f" but {no_https}")
                 wanted["https"] = ()
                 self.warn(f"https_listen is ignored: {no_https}")
             ports = self.swap_listeners(self.bind_redirects(wanted))
