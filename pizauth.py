@@ -440,7 +440,6 @@ def normal_host(host: str) -> str:
     """A host as sent: in ASCII, and a numeric one in its normal form. Raises ValueError."""
     if ":" in host:
         import ipaddress  # few configurations need it
-
         address = ipaddress.IPv6Address(host)
         number = int(address) & 0xffffffff
         return re.sub(r"[0-9]+\..*", f"{number >> 16:x}:{number & 0xffff:x}", str(address))
@@ -492,7 +491,6 @@ def is_loopback(uri: str) -> bool:
 
 def no_account(name: str, names: list[str]) -> str:
     import difflib
-
     near = difflib.get_close_matches(name[:64], names, 1, 0.6)
     shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
     hint = f"did you mean '{near[0]}'?" if near else f"the accounts are {shown}."
@@ -625,7 +623,6 @@ class Parser:
             return (f"Option '{name}' is for all accounts: move it out of this account's braces, or"
                     " is the account's '}' missing above?")
         import difflib
-
         block = self.lexeme.kind in ("string", "{")
         known = ["account"] if block or not inside else []
         if not block:
@@ -3241,7 +3238,6 @@ def runtime_directory() -> str:
     if xdg:
         return os.path.join(xdg, "pizauth")
     import pwd
-
     try:
         user = pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
@@ -3843,7 +3839,6 @@ def connect_client(sock: Any, path: str) -> None:
             return
         except BlockingIOError:
             import time
-
             time.sleep(CONNECT_AGAIN)
     sock.connect(path)
 
@@ -4222,7 +4217,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         # Die of SIGINT as if it were not caught, so that a loop of the shell ends too.
         import signal
-
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
     return 1
