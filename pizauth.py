@@ -1228,8 +1228,7 @@ STYLE = (
 
 
 def page(status: int, sign: str, text: str, advice: str) -> bytes:
-    """A whole HTTP response for a person: how the login went, a key of SIGNS; the text; what to do
-    next. Everything in it is escaped."""
+    """An HTTP response for a person; `sign` is a key of SIGNS. Text and advice are escaped."""
     text, advice = (html.escape(printable(part)) for part in (text, advice))
     body = (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
@@ -2540,8 +2539,7 @@ def unpacked(body: bytes, coding: str) -> bytes | None:
 
 
 def inflated(packed: bytes, window: int) -> bytes:
-    """What zlib makes of all members; junk after the last one is passed over. Raises OSError if it
-    is cut short, zlib.error if it is something else."""
+    """All members unpacked, without junk after them. Raises OSError if cut short, zlib.error."""
     import zlib
 
     plain = b""
@@ -2558,8 +2556,7 @@ def inflated(packed: bytes, window: int) -> bytes:
 
 
 def proxy_for(uri: str) -> Fields:
-    """In a child: the environment's proxy for a URI, as ProxyHandler takes it; {} for none, and
-    always for this machine. Raises OSError."""
+    """In a child: the proxy for a URI, for ProxyHandler; none for this machine. Raises OSError."""
     import urllib.request
 
     parts = urllib.parse.urlsplit(uri)
@@ -3844,8 +3841,7 @@ def connect_client(sock: Any, path: str) -> None:
 
 
 def ask(request: bytes, patience: float = 0) -> bytes:
-    """The server's reply, for which it may take so many seconds longer than usual. Raises
-    PizauthError if there is no server of our user's."""
+    """The server's reply; `patience` is added to the usual seconds. Raises PizauthError."""
     import _socket
 
     directory = runtime_directory()
