@@ -212,8 +212,7 @@ def option(read: str, *, default: Any = MANDATORY, dump: str = "", unless: str =
     `read` is the method of Parser that reads its value. `dump` marks an option that tokens depend
     on: a reload that changes it drops the token, and a restore requires it to be equal. `dump` is
     its layout in a dump: one of LAYOUTS for options that the original has, declared in the order of
-    its dumps; "extension" for any other option, which may stand anywhere.
-    """
+    its dumps; "extension" for any other option, which may stand anywhere."""
     return Option(read, default, dump, unless)
 
 
@@ -455,10 +454,8 @@ def normal_host(host: str) -> str:
 def ascii_host(host: str) -> str:
     """An international host in ASCII, if IDNA 2003 (RFC 3490) and 2008 (RFC 5891) agree on it.
 
-    Python's codec follows 2003. It turns a sharp s into ss and drops joiners, which gives another
-    domain under 2008; it accepts symbols that 2008 forbids, and lacks newer letters. Raises
-    ValueError.
-    """
+    Python's codec follows 2003: it turns a sharp s into ss and drops joiners (another domain under
+    2008), accepts symbols that 2008 forbids, and lacks newer letters. Raises ValueError."""
     import unicodedata
 
     for c in host:
@@ -1563,8 +1560,7 @@ def chacha20_slice(key: bytes, counter: int, nonce: bytes, data: bytes) -> bytes
 
     Each word of the state is one big integer with a 64-bit lane for each block; the upper half of a
     lane takes carries and rotations until the mask clears it. This is much faster than block by
-    block, so that a dump of 100 accounts can be made in the loop.
-    """
+    block, so that a dump of 100 accounts can be made in the loop."""
     blocks = -(-len(data) // 64)
     ones = int.from_bytes((b"\1" + bytes(7)) * blocks, "little")
     mask = ones * 0xFFFFFFFF
@@ -2663,8 +2659,7 @@ class Loop:
     """Waits for descriptors, signals and deadlines.
 
     A signal is noted in a set, and its byte on a socket pair ends the wait. The byte has no other
-    meaning, for with many signals the socket pair is full, and bytes are lost.
-    """
+    meaning, for with many signals the socket pair is full, and bytes are lost."""
 
     def __init__(self, clock: Clock, log: Callable[[int, str], None]) -> None:
         self.clock, self.log = clock, log
