@@ -457,7 +457,6 @@ def ascii_host(host: str) -> str:
     Python's codec follows 2003: it turns a sharp s into ss and drops joiners (another domain under
     2008), accepts symbols that 2008 forbids, and lacks newer letters. Raises ValueError."""
     import unicodedata
-
     for c in host:
         known = unicodedata.ucd_3_2_0.category(c)[0] in "LMN" or c in "-."
         if not known or c in "\u00df\u1e9e\u03c2":  # sharp s, small and capital; final sigma
@@ -2524,7 +2523,6 @@ def unpacked(body: bytes, coding: str) -> bytes | None:
     """A body without its Content-Encoding (RFC 9110 8.4.1), cut just above ANSWER_LIMIT; None if it
     cannot be unpacked. Some servers encode unasked. Raises OSError if it is cut short."""
     import zlib
-
     if not body or coding in ("", "identity"):
         return body
     # deflate should have the zlib format, and has none from some servers
@@ -2537,7 +2535,6 @@ def unpacked(body: bytes, coding: str) -> bytes | None:
 def inflated(packed: bytes, window: int) -> bytes:
     """All members unpacked, without junk after them. Raises OSError if cut short, zlib.error."""
     import zlib
-
     plain = b""
     while True:
         unpacker = zlib.decompressobj(window)
@@ -2554,7 +2551,6 @@ def inflated(packed: bytes, window: int) -> bytes:
 def proxy_for(uri: str) -> Fields:
     """In a child: the proxy for a URI, for ProxyHandler; none for this machine. Raises OSError."""
     import urllib.request
-
     parts = urllib.parse.urlsplit(uri)
     found = urllib.request.getproxies_environment()
     proxy = found.get(parts.scheme) or found.get("all") or ""
@@ -2588,7 +2584,6 @@ def connect(one_address: Callable[..., socket.socket], host: tuple[str, int],
 def retry_after(value: str) -> float:
     """The seconds that a Retry-After asks for, possibly as a date (RFC 9110 10.2.3), or 0."""
     from email.utils import parsedate_to_datetime
-
     if re.fullmatch(r"[0-9]+", value.strip()):
         return float(value)
     with suppress(TypeError, ValueError, OverflowError, IndexError):
@@ -2622,7 +2617,6 @@ def self_signed(key: ec.EllipticCurvePrivateKey, now: float) -> x509.Certificate
     import datetime, ipaddress
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
-
     hosts = dict.fromkeys(("localhost", os.uname().nodename))
     names = [x509.DNSName(host) for host in hosts if host.isascii()]
     addresses = [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ("127.0.0.1", "::1")]
@@ -2936,7 +2930,6 @@ class Tls:
 
     def __init__(self, context: ssl.SSLContext) -> None:
         import ssl  # only here and in tls_context(): most servers need no TLS
-
         self.incomplete = ssl.SSLWantReadError
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.connection = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
@@ -3463,7 +3456,6 @@ def bind_inet(host: str, port: int, flags: int = 0) -> socket.socket:
 def tls_context(pem: str, directory: str) -> ssl.SSLContext:
     """A context with this key and certificate, which pass through a file, as `ssl` wants it."""
     import ssl
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # each would cost a handshake
@@ -3811,7 +3803,6 @@ def no_server(directory: str) -> PizauthError:
 def lock_holder(directory: str) -> str:
     """The process number of the server that holds the lock of a directory; empty if none does."""
     import fcntl
-
     try:
         with open(os.path.join(directory, LOCK_NAME), encoding="ascii") as lock:
             try:
@@ -3838,7 +3829,6 @@ def connect_client(sock: Any, path: str) -> None:
 def ask(request: bytes, patience: float = 0) -> bytes:
     """The server's reply; `patience` is added to the usual seconds. Raises PizauthError."""
     import _socket
-
     directory = runtime_directory()
     reply = bytearray()
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
@@ -3944,7 +3934,6 @@ def with_xoauth2(text: str, user: str, as_json: bool) -> str:
 def info(options: argparse.Namespace) -> None:
     """Print where things are, and what a running server says about itself."""
     import json
-
     server_info, server_is = {}, "running:"
     try:
         server_info = dict(json.loads(ask(b"info:")))
