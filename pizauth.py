@@ -223,8 +223,7 @@ class Block(Record):
     @classmethod
     def options(cls) -> dict[str, Option]:
         """The options that may stand in this block, in the order of their declaration."""
-        return {name: found for name, found in super().defaults().items()
-                if isinstance(found, Option)}
+        return {name: one for name, one in super().defaults().items() if isinstance(one, Option)}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -291,8 +290,7 @@ class Config(Schedule):
         return written
 
     def https_account(self) -> Account | None:
-        return next((account for account in self.accounts.values()
-                     if account.redirect_scheme == "https"), None)
+        return next((one for one in self.accounts.values() if one.redirect_scheme == "https"), None)
 
 
 LOOPBACK = (("127.0.0.1", 0), ("::1", 0))  # any free port, the same for both families
@@ -401,9 +399,8 @@ def lexical_error(text: str, at: int) -> ConfigError:
         return config_error(text, at, f"Unexpected '{character}'" + (f": {hint}" if hint else ""))
     if half.end() == len(text):
         return config_error(text, at, "This string is never closed: a double quote is missing")
-    return config_error(text, half.end(),
-                        r"Invalid escape: in a string write \\ for a backslash and \" for a double"
-                        " quote; there are no others")
+    return config_error(text, half.end(), r"Invalid escape: in a string write \\ for a backslash"
+                                          r" and \" for a double quote; there are no others")
 
 
 def split_uri(uri: str) -> urllib.parse.SplitResult:
@@ -490,8 +487,7 @@ def no_account(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name[:64], names, 1, 0.6)
     shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
     hint = f"did you mean '{near[0]}'?" if near else f"the accounts are {shown}."
-    return printable(f"No account '{name}': {hint} If you have just added it, run"
-                     " 'pizauth reload'")
+    return printable(f"No account '{name}': {hint} If you have just added it, run 'pizauth reload'")
 
 
 class Parser:
@@ -585,8 +581,7 @@ class Parser:
         for name, option in self.account_options.items():
             mandatory = option.default is MANDATORY or option.unless
             if mandatory and name not in values and option.unless not in values:
-                raise self.error(
-                    place, f"{name} not specified: this account needs {name} = \"...\";")
+                raise self.error(place, f'{name} not specified: this account needs {name} = "...";')
         if values.keys() >= {"client_secret", "client_secret_cmd"}:
             raise self.error(place, "Both client_secret and client_secret_cmd are set: keep one")
         if "login_hint" in values and "login_hint" in dict(values.get("auth_uri_fields", ())):
@@ -2726,7 +2721,6 @@ SLOTS = {"command": FOR_EVER, "mint": FOR_EVER, "code": 16, "device": 16, "refre
 HOST_SLOTS = 4  # Token requests at a time to one host.
 NICE = 10  # Niceness of token requests: clients of the server come first.
 OUTPUT_LIMIT = 2 << 20  # Bytes that the server takes from a child.
-FORK_RETRY = 1  # Seconds until a fork that failed is tried again.
 LATE = 1  # Overdue by more seconds than this: the machine was suspended.
 
 
@@ -2856,7 +2850,7 @@ class Children:
         except OSError as error:
             if not self.fork_failed:  # logged once: there may be hundreds of jobs
                 self.loop.log(ERROR, f"Cannot start another process: {error.strerror}")
-            self.fork_failed, self.start_at = True, self.loop.clock.now() + FORK_RETRY
+            self.fork_failed, self.start_at = True, self.loop.clock.now() + PAUSE
         else:
             self.fork_failed = False
             self.waiting.remove(job)
@@ -3863,8 +3857,7 @@ class Refused(PizauthError):
         self.pending = pending
 
 
-def request(verb: bytes, rest: bytes = b"", kind: bytes = b"ok",
-            patience: float = 0) -> str:
+def request(verb: bytes, rest: bytes = b"", kind: bytes = b"ok", patience: float = 0) -> str:
     """The text of a reply of this kind. Raises PizauthError with the reason if it is another."""
     reply = ask(verb + b":" + rest, patience)
     got, _, raw = reply.partition(b":")
@@ -3950,9 +3943,8 @@ def info(options: argparse.Namespace) -> None:
             **({"server_info": server_info} if server_info else {})}
         put(json.dumps(summary, sort_keys=True, separators=(",", ":")) + "\n")
         return
-    titles = {"config_file": "config file", "http_port": "HTTP port",
-              "https_port": "HTTPS port", "https_pub_key": "HTTPS public key",
-              "https_cert_sha256": "HTTPS certificate SHA-256"}
+    titles = {"config_file": "config file", "http_port": "HTTP port", "https_port": "HTTPS port",
+              "https_pub_key": "HTTPS public key", "https_cert_sha256": "HTTPS certificate SHA-256"}
     put("\n".join([
         f"{os.path.basename(sys.argv[0])} version {VERSION}:", f"  cache directory: {cache}",
         f"  config file: {config}", f"server {server_is}",
@@ -4038,11 +4030,6 @@ def read_input(limit: int, expected: str) -> bytes:
     return bytes(data)
 
 
-def restore(options: argparse.Namespace) -> None:
-    """Send a dump to the server, once all of it has been read."""
-    request(b"restore", read_input(RESTORE_LIMIT, "dump"))
-
-
 def complete(options: argparse.Namespace) -> None:
     """Send the server the address at which a browser ended that could not reach it."""
     ask(b"info:")  # so that a server that is not there, or hangs, is noticed early
@@ -4102,7 +4089,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str
                     options.account, b"scheduled"),
                 "ask for a new access token now", ("-u", "account")),
     "reload": (lambda _: request(b"reload"), "have the server read its configuration again", ()),
-    "restore": (restore, "read tokens from a dump on standard input", ()),
+    "restore": (lambda _: request(b"restore", read_input(RESTORE_LIMIT, "dump")),
+                "read tokens from a dump on standard input", ()),
     "revoke": (lambda options: request(b"revoke", os.fsencode(options.account)),
                "have the server forget an account's tokens", ("account",)),
     "server": (server, "start the server", ("-c --config", "-d", "-n")),
@@ -4144,8 +4132,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
            "help": "print the SASL XOAUTH2 initial response for this user of the mail server"},
     "-u": {"dest": "without_url", "action": "store_true", "help": "leave the URL out of the error"},
     "-v --verbose": {"dest": "verbose", "action": "count", "default": 0,
-                     "help": "log more, up to four times (server)"},
-}
+                     "help": "log more, up to four times (server)"}}
 
 
 def command_line() -> argparse.ArgumentParser:
