@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from typing import dataclass_transform  # novermin: mypy alone reads this
 
     Addresses = tuple[tuple[str, int], ...]  # hosts and ports of a listener
+    Place = tuple[str, Addresses]  # where a redirect listener is, after its scheme
     Answered = TypeVar("Answered")  # a good answer of a provider's endpoint
     Answer = Callable[[bytes], None]  # gives a peer its reply; used once, now or on a later pass
     Cancel = Callable[[], None]  # stops work whose result is no longer wanted
@@ -264,9 +265,11 @@ class Account(Schedule):
         """The scheme of the listener that the browser returns to; empty if it does not return."""
         return "" if self.device_auth_uri else split_uri(self.redirect_uri).scheme
 
-    def redirect_uri_at(self, port: int) -> str:
-        """The redirect URI as sent, with our listener's port in place of its own (RFC 8252 7.3)."""
-        return normal_uri(self.redirect_uri, port)
+    @property
+    def redirect_port(self) -> int:
+        """The port that is written in a redirect URI of this machine, or 0."""
+        ours = is_loopback(normal_uri(self.redirect_uri))
+        return split_uri(self.redirect_uri).port or 0 if ours else 0
 
 
 class Config(Schedule):
@@ -278,16 +281,23 @@ class Config(Schedule):
     error_notify_cmd: str | None = option("string", default=None)
     http_listen: Addresses | None = option("listen", default=None)
     https_listen: Addresses | None = option("listen", default=None)
+    https_cert: str | None = option("string", default=None)
+    https_key: str | None = option("string", default=None)
     startup_cmd: str | None = option("string", default=None)
     token_event_cmd: str | None = option("string", default=None)
     transient_error_if_cmd: str | None = option("string", default=None)
 
-    def addresses(self, scheme: str) -> Addresses:
-        """Where to listen for redirects: the first address must bind, the others may fail."""
+    def addresses(self, scheme: str) -> list[Addresses]:
+        """Where to listen for redirects, a group for each port: its first address must bind, the
+        others may fail. By default HTTPS is on only while an account redirects to it."""
         written: Addresses | None = getattr(self, f"{scheme}_listen")
-        if written is None:  # by default HTTPS is on only while an account redirects to it
-            return LOOPBACK if scheme == "http" or self.https_account() else ()
-        return written
+        if written is not None:
+            return [written] if written else []
+        if scheme == "https" and not self.https_account():
+            return []
+        ports = [one.redirect_port for one in self.accounts.values()
+                 if one.redirect_scheme == scheme and one.redirect_port]
+        return [tuple((host, port) for host, _ in LOOPBACK) for port in dict.fromkeys(ports or [0])]
 
     def https_account(self) -> Account | None:
         return next((one for one in self.accounts.values() if one.redirect_scheme == "https"), None)
@@ -559,12 +569,14 @@ class Parser:
         if not config.accounts:
             raise ConfigError('Must specify at least one account: account "NAME" { ... }')
         redirects = any(account.redirect_scheme for account in config.accounts.values())
+        if config.https_key is not None and config.https_cert is None:
+            raise ConfigError("https_key is set, but not https_cert: set both, or neither")
         if config.http_listen == config.https_listen == () and redirects:
             raise ConfigError("Cannot set both http_listen and https_listen to 'none':"
                               " the browser must reach one of them")
+        deaf = [scheme for scheme in ("http", "https") if not config.addresses(scheme)]
         for name, account in config.accounts.items():
-            scheme = account.redirect_scheme
-            if scheme and not config.addresses(scheme):
+            if (scheme := account.redirect_scheme) in deaf:
                 raise self.error(places[name], f"Account {name} has an '{scheme}' redirect but the"
                                                f" {scheme.upper()} server is set to 'none':"
                                                f" change its redirect_uri or {scheme}_listen")
@@ -1659,7 +1671,7 @@ class Authenticator:
                  run: Callable[[str, Fields, float, Ended, bool], Cancel],
                  log: Callable[[int, str], None]) -> None:
         self.config = config
-        self.ports: dict[str, int | None] = {"http": None, "https": None}  # of redirect listeners
+        self.ports: dict[str, list[int]] = {"http": [], "https": []}  # of redirect listeners
         self.about_server: Fields = {}  # what `info` says besides the ports
         self.about_https: Fields = {}  # and what it adds about the HTTPS listener
         self.reload: Callable[[Reloaded], None]  # given by the server
@@ -1780,10 +1792,10 @@ class Authenticator:
         return max(self._clock.now(), self._notified.get(name, 0) + REMINDER_GAP)
 
     def _redirect_uri(self, account: Account) -> str:
-        """The account's redirect URI, at our listener of its scheme."""
-        port = self.ports[account.redirect_scheme]
-        assert port is not None, "the server neither starts nor reloads without that listener"
-        return account.redirect_uri_at(port)
+        """The account's redirect URI, with the port of our listener (RFC 8252 7.3); the server
+        neither starts nor reloads without one."""
+        ports, own = self.ports[account.redirect_scheme], account.redirect_port
+        return normal_uri(account.redirect_uri, own if own in ports else ports[0])
 
     def _remind(self, name: str, pending: Pending) -> None:
         """Notify the person of the URL; again only once the last auth_notify_cmd has ended."""
@@ -2144,9 +2156,21 @@ class Authenticator:
         answer(encrypt_dump(secrets.token_bytes(12), plaintext))
 
     def _info(self, rest: bytes, answer: Answer) -> None:
-        ports = {f"{scheme}_port": str(port or "none") for scheme, port in self.ports.items()}
+        ports = {f"{scheme}_port": str(ports[0]) if ports else "none"
+                 for scheme, ports in self.ports.items()}
         about_https = self.about_https if self.ports["https"] else {}
         answer(json.dumps({**self.about_server, **ports, **about_https}).encode())
+
+    def _import(self, rest: bytes, answer: Answer) -> None:
+        """Take a refresh token that another program got for the same client, and refresh it."""
+        token, _, name = rest.partition(b" ")
+        account, refresh_token = self._account(name), token.decode("utf-8", "replace")
+        if not is_visible_ascii(refresh_token):
+            raise RequestError("A refresh token is printable ASCII without blanks")
+        now = self._clock.now()
+        self._replace(account.name, Active(access_token="none", obtained_at=now, expires_at=now,
+                                           refresh_token=refresh_token, wanted=True), None)
+        answer(b"ok:")
 
     def _refresh_now(self, rest: bytes, answer: Answer) -> None:
         """Start a refresh, or make a fresh request if there is nothing to refresh."""
@@ -2261,9 +2285,9 @@ class Authenticator:
         answer(("ok:" + "\n".join(lines)).encode() if lines else b"error:No accounts configured")
 
     _VERBS = {
-        b"complete": _complete, b"dump": _dump, b"info": _info, b"refresh": _refresh_now,
-        b"reload": _reload, b"restore": _restore, b"revoke": _revoke, b"showtoken": _showtoken,
-        b"shutdown": _shutdown, b"status": _status}
+        b"complete": _complete, b"dump": _dump, b"import": _import, b"info": _info,
+        b"refresh": _refresh_now, b"reload": _reload, b"restore": _restore, b"revoke": _revoke,
+        b"showtoken": _showtoken, b"shutdown": _shutdown, b"status": _status}
 
     _ALONE = (b"dump", b"info", b"reload", b"shutdown", b"status")  # they take nothing
 
@@ -2352,7 +2376,7 @@ class Authenticator:
 
     # Reload, and the end.
 
-    def reconfigure(self, config: Config, ports: dict[str, int | None]) -> None:
+    def reconfigure(self, config: Config, ports: dict[str, list[int]]) -> None:
         """Take a new configuration; an account whose options are the same keeps its state."""
         before, self.config, self.ports = self.config, config, ports
         self._secrets.clear()
@@ -3337,6 +3361,13 @@ def load_config(path: str, warn: Callable[[str], None], reloading: bool = False)
                  f" 'chmod 600 {path}'")
         elif mode & stat.S_IROTH and any(one.client_secret for one in config.accounts.values()):
             warn(f"Other users can read the client_secret in {path}: run 'chmod 600 {path}'")
+    for account in config.accounts.values():
+        uris = {name: normal_uri(getattr(account, name) or "https://unset") for name in (
+            "auth_uri", "token_uri", "device_auth_uri", "revoke_uri")}
+        plain = [name for name, uri in uris.items() if uri[:5] == "http:" and not is_loopback(uri)]
+        if plain:
+            warn(printable(f"Others on the network can read what account {account.name} sends:"
+                           f" write https: in {' and '.join(plain)}"))
     return config
 
 
@@ -3447,22 +3478,27 @@ def bind_inet(host: str, port: int, flags: int = 0) -> socket.socket:
                                 dualstack_ipv6=every)
 
 
-def tls_context(pem: str, directory: str) -> ssl.SSLContext:
-    """A context with this key and certificate, which pass through a file, as `ssl` wants it."""
+def tls_context(certificate: str, key: str | None = None) -> ssl.SSLContext:
+    """A context with a certificate and its key, read from files. Raises OSError or ValueError."""
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # each would cost a handshake
     context.set_ecdh_curve("prime256v1")  # the cheapest: others let a client cost much time
+    context.load_cert_chain(certificate, key, lambda: "")  # else it would ask for a password
+    return context
+
+
+def minted_context(pem: str, directory: str) -> ssl.SSLContext:
+    """The same with a certificate in memory, which passes through a file, as `ssl` wants it."""
     path = os.path.join(directory, "certificate.pem")  # a killed server may have left one
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         write_all(descriptor, pem.encode())
-        context.load_cert_chain(path)
+        return tls_context(path)
     finally:
         os.close(descriptor)
         os.unlink(path)
-    return context
 
 
 def notify(state: str) -> None:
@@ -3498,9 +3534,9 @@ class Server:
             signal.SIGTERM: self.stop, signal.SIGINT: self.stop, signal.SIGCHLD: self.children.reap,
             signal.SIGHUP: lambda: (  # results in flight would be dropped with their account
                 None if self.authenticator.stopping else self.reload(lambda error: None))}
-        self.context: ssl.SSLContext | None = None  # once an account has needed HTTPS
-        self.listening: dict[str, Addresses] = {"http": (), "https": ()}
-        self.redirects: dict[str, list[Listener]] = {"http": [], "https": []}
+        # For HTTPS, once it was needed: the certificate, and what `info` says of it.
+        self.certificate: tuple[ssl.SSLContext, Fields] | None = None
+        self.redirects: dict[Place, list[Listener]] = {}
         self.control_id: tuple[int, int] | None = None
         self.control_checked = self.clock.now()
         self.failure: Exception | None = None  # why we cannot start
@@ -3583,7 +3619,7 @@ class Server:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.loop.signals)  # one more changes nothing
         self.log(INFO, "Stopping")
         self.children.kill_all()
-        for listener in [*self.redirects["http"], *self.redirects["https"]]:
+        for listener in sum(self.redirects.values(), []):
             listener.close()
         if self.control is not None:
             self.control.close()
@@ -3623,70 +3659,99 @@ class Server:
             self.configure(config, reloaded)
 
     def configure(self, config: Config, then: Reloaded) -> None:
-        """Take a configuration; first make a certificate if it needs one and there is none."""
+        """Take a configuration, with the certificate that it names; or first make one if it needs
+        one and there is none."""
         self.newest = config
-        if config.addresses("https") and self.context is None:
+        minted = self.authenticator.config.https_cert is None and self.certificate
+        if not config.addresses("https"):
+            self._apply(config, self.certificate, "", then)
+        elif config.https_cert is not None:
+            path, key = (None if name is None else os.path.expanduser(name)
+                         for name in (config.https_cert, config.https_key))
+            try:
+                self._apply(config, (tls_context(path or "", key), {}), "", then)
+            except (OSError, ValueError) as error:
+                then(PizauthError(f"Cannot use https_cert {path}: {error}"))
+        elif minted:
+            self._apply(config, minted, "", then)
+        else:
             self.children.add(Job(kind="mint", work=mint_certificate, limit=MINT_LIMIT,
                                   then=partial(self._minted, then)))
-        else:
-            self._apply(config, "", then)
 
     def _minted(self, then: Reloaded, status: int | None, output: bytes) -> None:
         """Go on with configure(); without a certificate `output` says why."""
+        certificate = None
         no_https = output.decode("utf-8", "replace") or "making a certificate failed or timed out"
-        if status == 0 and self.context is None:
+        if status == 0:
             about = json.loads(output)
             try:
-                self.context = tls_context(about.pop("pem"), self.directory)
-                self.authenticator.about_https = about
+                certificate = minted_context(about.pop("pem"), self.directory), about
             except Exception as error:  # of any kind, even of an odd `ssl`: then() must be called
                 no_https = f"the certificate cannot be used: {error}"
-        self._apply(self.newest, no_https, then)  # another reload may have come meanwhile
+        self._apply(self.newest, certificate, no_https, then)  # there may have been another reload
 
-    def _apply(self, config: Config, no_https: str, then: Reloaded) -> None:
+    def _apply(self, config: Config, certificate: tuple[ssl.SSLContext, Fields] | None,
+               no_https: str, then: Reloaded) -> None:
         """Take a configuration, all or nothing; without a certificate `no_https` says why."""
-        wanted = {scheme: config.addresses(scheme) for scheme in self.redirects}
+        wanted = [(scheme, group) for scheme in ("http", "https")
+                  for group in config.addresses(scheme)]
         try:
-            if self.context is None and wanted["https"]:
+            if certificate is None and config.addresses("https"):
                 if account := config.https_account():
                     raise PizauthError(f"Account {printable(account.name)} has an 'https' redirect,"
                                        f" but {no_https}")
-                wanted["https"] = ()
+                wanted = [place for place in wanted if place[0] == "http"]
                 self.warn(f"https_listen is ignored: {no_https}")
-            ports = self.swap_listeners(self.bind_redirects(wanted))
+            bound = self.bind_redirects(config, wanted)
         except PizauthError as error:
             then(error)
-        else:
-            self.listening = wanted
-            self.authenticator.reconfigure(config, ports)
-            then(None)
+            return
+        self.certificate = certificate
+        self.authenticator.about_https = certificate[1] if certificate else {}
+        self.authenticator.reconfigure(config, self.swap_listeners(wanted, bound))
+        then(None)
 
-    def bind_redirects(self, wanted: dict[str, Addresses]) -> dict[str, list[socket.socket]]:
-        """Sockets for the listeners whose addresses change: all of them, or PizauthError."""
-        bound: dict[str, list[socket.socket]] = {}
+    def bind_redirects(self, config: Config,
+                       wanted: list[Place]) -> dict[Place, list[socket.socket]]:
+        """Sockets for the listeners that are wanted and not there: all of them, or PizauthError.
+        Where the port of a redirect_uri is taken, any other is wanted instead."""
+        bound: dict[Place, list[socket.socket]] = {}
         reloading = self.control is not None
         try:
-            for scheme, addresses in wanted.items():
-                if addresses != self.listening[scheme]:
-                    bound[scheme] = bind_redirect(
-                        f"{scheme}_listen", addresses, reloading) if addresses else []
+            for at, (scheme, group) in enumerate(wanted):
+                option = f"{scheme}_listen"
+                try:
+                    if (scheme, group) not in self.redirects:
+                        bound[scheme, group] = bind_redirect(option, group, reloading)
+                except PizauthError as error:
+                    if getattr(config, option) is not None or group == LOOPBACK:
+                        raise
+                    self.warn(f"{error}; redirect_uri gets another port")
+                    wanted[at] = place = scheme, LOOPBACK
+                    if place not in {**self.redirects, **bound}:
+                        bound[place] = bind_redirect(option, LOOPBACK, reloading)
         except PizauthError:
             for sock in sum(bound.values(), []):
                 sock.close()
             raise
         return bound
 
-    def swap_listeners(self, bound: dict[str, list[socket.socket]]) -> dict[str, int | None]:
-        """Listen on these sockets in place of the old ones; returns the ports of all listeners."""
-        ports = dict(self.authenticator.ports)
-        for scheme, sockets in bound.items():
-            for listener in self.redirects[scheme]:
+    def swap_listeners(self, wanted: list[Place],
+                       bound: dict[Place, list[socket.socket]]) -> dict[str, list[int]]:
+        """Listen at these places alone, some of them newly bound; returns the ports."""
+        for place in [place for place in self.redirects if place not in wanted]:
+            for listener in self.redirects.pop(place):
                 listener.close()
-            ports[scheme] = sockets[0].getsockname()[1] if sockets else None
-            respond = partial(self.authenticator.redirected, scheme)
-            service = Service(peer="browser", frame=http_head, respond=respond,
-                              context=self.context if scheme == "https" else None)
-            self.redirects[scheme] = [Listener(self.connections, sock, service) for sock in sockets]
+        for place, sockets in bound.items():
+            service = Service(peer="browser", frame=http_head,
+                              respond=partial(self.authenticator.redirected, place[0]))
+            self.redirects[place] = [Listener(self.connections, sock, service) for sock in sockets]
+        ports: dict[str, list[int]] = {"http": [], "https": []}
+        for (scheme, _), listeners in self.redirects.items():
+            ports[scheme].append(listeners[0].sock.getsockname()[1])
+            if scheme == "https" and self.certificate is not None:
+                for listener in listeners:
+                    listener.service.context = self.certificate[0]
         return ports
 
     # The control socket.
@@ -3978,6 +4043,9 @@ def account_block(issuer: str, metadata: dict[str, Any]) -> str:
     lines = [f"{option} = {json.dumps(uri)};" for option, uri in (*uris.items(), ("issuer", found))]
     if "auth_uri" in uris and "device_auth_uri" in uris:
         lines[1] = f"// {lines[1]}  // logs in with a code instead"
+    methods = metadata.get("token_endpoint_auth_methods_supported")
+    if isinstance(methods, list) and "client_secret_post" not in methods:
+        lines += ['client_auth = "basic";'] if "client_secret_basic" in methods else []
     scopes = metadata.get("scopes_supported")
     known = [one for one in scopes if isinstance(one, str)] if isinstance(scopes, list) else []
     return "\n    ".join([
@@ -4028,6 +4096,12 @@ def read_input(limit: int, expected: str) -> bytes:
     if len(data) > limit:
         raise PizauthError(f"Standard input is no {expected}: it is longer than {limit >> 10} KiB")
     return bytes(data)
+
+
+def import_token(options: argparse.Namespace) -> None:
+    """Send the server a refresh token, read from standard input."""
+    token = read_input(REQUEST_LIMIT, "refresh token").strip()
+    request(b"import", token + b" " + os.fsencode(options.account))
 
 
 def complete(options: argparse.Namespace) -> None:
@@ -4082,6 +4156,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str
     "complete": (complete, "finish a login whose browser could not reach the server", ("url",)),
     "discover": (discover, "print an account, by the metadata of a provider", ("issuer",)),
     "dump": (dump, "write the tokens to standard output", ()),
+    "import": (import_token, "take a refresh token that another program got", ("account",)),
     "info": (info, "print where things are and what the server says about itself",
              ("-c --config", "-j")),
     "refresh": (lambda options: request_with_reason(

@@ -152,7 +152,7 @@ class World:
         self.clock, self.posts, self.commands, self.logged = Clock(), [], [], []
         self.auth = pizauth.Authenticator(
             config(text), self.clock, self.post, self.run, self.log)
-        self.auth.ports["http"] = port
+        self.auth.ports["http"] = [port]
 
     def post(self, *arguments):
         self.posts.append(Post(*arguments))
@@ -236,7 +236,7 @@ class World:
         return self.dump()
 
     def reload(self, text, port=8080):
-        self.auth.reconfigure(config(text), {"http": port, "https": None})
+        self.auth.reconfigure(config(text), {"http": [port], "https": []})
 
     @staticmethod
     def authorised(**grant):
@@ -253,6 +253,11 @@ def query_of(url):
 def token_response(outcome, form):
     """The tokens in an outcome of the token endpoint."""
     return pizauth.judged(outcome, form, pizauth.good_answer)
+
+
+def secure(text):
+    """A configuration with https: for http:."""
+    return text.replace("http:", "https:")
 
 
 def text_of(page):
@@ -644,6 +649,7 @@ class ConfigTest(unittest.TestCase):
             'http_listen = "127.0.0.1:80"; https_listen = "[::1]:0"; refresh_at_least = 2h; '
             'refresh_before_expiry = 3s;refresh_retry = 4d; startup_cmd = "s"; '
             'token_event_cmd = "t\nu"; transient_error_if_cmd = "i"; // note\n'
+            'https_cert = "/c"; https_key = "k";'
             'account "wörk \\"1\\"" { auth_uri = "HTTP://A.example/x?y=z"; '
             'token_uri = "https://t"; client_id = "c";client_secret = "s"; '
             'auth_uri_fields = {"k": "1", "k": "2"}; scopes = ["b", "a"]; login_hint = "h";'
@@ -659,7 +665,7 @@ class ConfigTest(unittest.TestCase):
             "error_notify_cmd": "e", "http_listen": (("127.0.0.1", 80),),
             "https_listen": (("::1", 0),), "refresh_at_least": 7200, "refresh_before_expiry": 3,
             "refresh_retry": 345600, "startup_cmd": "s", "token_event_cmd": "t\nu",
-            "transient_error_if_cmd": "i",
+            "transient_error_if_cmd": "i", "https_cert": "/c", "https_key": "k",
         })
         self.assertEqual(vars(got.accounts['wörk "1"']), {
             "name": 'wörk "1"', "auth_uri": "HTTP://A.example/x?y=z",
@@ -679,9 +685,9 @@ class ConfigTest(unittest.TestCase):
             got.refresh_retry)
         self.assertEqual(times, (900, 5400, 90, 40))
         both = (("127.0.0.1", 0), ("::1", 0))
-        self.assertEqual((got.addresses("http"), got.addresses("https")), (both, ()))
+        self.assertEqual((got.addresses("http"), got.addresses("https")), ([both], []))
         secure = config(account() + account("y", 'redirect_uri = "HTTPS://localhost/";'))
-        self.assertEqual((secure.addresses("http"), secure.addresses("https")), (both, both))
+        self.assertEqual((secure.addresses("http"), secure.addresses("https")), ([both], [both]))
         self.assertEqual(got.accounts["x"].redirect_uri, "http://localhost/")
         self.assertEqual(
             (got.auth_notify_cmd, got.accounts["x"].client_secret, got.accounts["x"].scopes),
@@ -905,14 +911,31 @@ class ConfigTest(unittest.TestCase):
                 self.assertIn("pizauth reload", reload)
 
     def test_redirect_uri_carries_the_listeners_port(self):
-        for uri, port, expected in (
-            ("http://localhost/", 8080, "http://localhost:8080/"),
-            ("http://localhost:1/p?a=b", 8080, "http://localhost:8080/p?a=b"),
-            ("http://LOCALHOST:1", 80, "http://localhost/"),
+        for uri, ports, expected in (
+            ("http://localhost/", [8080], "http://localhost:8080/"),
+            ("http://localhost:1/p?a=b", [8080], "http://localhost:8080/p?a=b"),
+            ("http://LOCALHOST:1", [80], "http://localhost/"),
+            ("http://LOCALHOST:99", [8080, 99], "http://localhost:99/"),
+            ("http://host.example:99", [8080, 99], "http://host.example:8080/"),
         ):
-            got = config(
-                account(extra=f'redirect_uri = "{uri}";')).accounts["x"].redirect_uri_at(port)
-            self.assertEqual(got, expected)
+            world = World(account(extra=f'redirect_uri = "{uri}";'))
+            world.auth.ports["http"] = ports
+            self.assertEqual(query_of(world.show()[8:])["redirect_uri"], expected)
+
+    def test_by_default_the_ports_of_loopback_redirects_are_listened_on(self):
+        def both(port):
+            return (("127.0.0.1", port), ("::1", port))
+
+        uris = ("http://localhost:8080/", "http://127.0.0.1:9090/a", "http://[::1]:8080/b",
+                "http://host.example:7/", "http://localhost/", "https://localhost:8443/")
+        text = "".join(account(str(number), f'redirect_uri = "{uri}";')
+                       for number, uri in enumerate(uris))
+        got = config(text)
+        self.assertEqual((got.addresses("http"), got.addresses("https")),
+                         ([both(8080), both(9090)], [both(8443)]))
+        got = config(text + 'http_listen = "127.0.0.1:5"; https_listen = "[::1]:6";')
+        self.assertEqual((got.addresses("http"), got.addresses("https")),
+                         ([(("127.0.0.1", 5),)], [(("::1", 6),)]))
 
 
 # A text, and what is said of it before the line itself: every error that a configuration can have.
@@ -1010,7 +1033,7 @@ CONFIG_ERRORS = [
     ('acount "x" { }', "line 1, column 1: Unknown block 'acount': did you mean 'account'?"),
     ('zzz = 5s;',
      "line 1, column 1: Unknown option 'zzz': they are account, auth_notify_cmd, "
-     'auth_notify_interval, error_notify_cmd, http_listen, https_listen, '
+     'auth_notify_interval, error_notify_cmd, http_listen, https_cert, https_key, https_listen, '
      'refresh_at_least, refresh_before_expiry, refresh_retry, startup_cmd, '
      'token_event_cmd, transient_error_if_cmd'),
     ('client_id = "c";',
@@ -2764,7 +2787,7 @@ class DeviceTest(unittest.TestCase):
         none = "http_listen = none; https_listen = none;"
         self.assertTrue(config(none + DEVICE.format("x", "")).accounts)
         self.assertEqual(config(DEVICE.format("x", 'redirect_uri = "https://localhost/";'))
-                         .addresses("https"), ())
+                         .addresses("https"), [])
         with self.assertRaisesRegex(pizauth.ConfigError, "Cannot set both"):
             config(none + DEVICE.format("x", "") + account("y"))
 
@@ -2900,6 +2923,54 @@ def jwt(**claims):
     """A JSON Web Token, as a provider writes it."""
     payload = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
     return f"eyJh.{payload}.c2ln"
+
+
+class ImportTest(unittest.TestCase):
+    """A refresh token that another program got."""
+
+    def test_it_is_refreshed_at_once_and_shown(self):
+        world = World(account("a b"))
+        self.assertEqual(world.ask("import:rt0 a b"), "ok:")
+        self.assertIn("Access token expired (refresh not yet attempted)", world.status())
+        waiting = world.park("showtoken:withurl,wait=9 a b")
+        world.wait(0)
+        (post,) = world.posts
+        self.assertEqual((post.form["grant_type"], post.form["refresh_token"]),
+                         ("refresh_token", "rt0"))
+        post.grant("at1", None)
+        self.assertEqual(waiting, ["access_token:at1"])
+        world.wait(2)
+        world.refresh("a b")
+        self.assertEqual(world.posts[-1].form["refresh_token"], "rt0")
+
+    def test_it_takes_the_place_of_a_login_that_has_begun(self):
+        world = World()
+        state = world.state()
+        world.ask("import:rt0 x")
+        (page,) = world.visit(f"/?state={state}&code=c")
+        self.assertIn("No pending token", text_of(page)[1])
+
+    def test_one_that_is_refused_is_told(self):
+        world = World(account("x") + 'error_notify_cmd = "e";')
+        world.ask("import:rt0 x")
+        world.wait(0)
+        world.posts.pop().answer(400, error="invalid_grant", error_description="no rt0 here")
+        (command,) = world.commands
+        self.assertRegex(command.variables["PIZAUTH_MSG"],
+                         "^Refreshing x failed: HTTP 400: invalid_grant: no ... here. ")
+        self.assertIn("x: No access token", world.status())
+
+    def test_bad_requests_change_nothing(self):
+        world = World.authorised()
+        for request, reply in (
+            ("import:", "error:No account"), ("import:rt0", "error:No account"),
+            ("import: x", "error:A refresh token is printable ASCII"),
+            ("import:r\u00e9 x", "error:A refresh token is printable ASCII"),
+            ("import:a\nb x", "error:A refresh token is printable ASCII"),
+            ("import:rt0 y", "error:No account 'y'"),
+        ):
+            self.assertTrue(world.ask(request).startswith(reply), world.ask(request))
+        self.assertEqual(world.show(), "access_token:at1")
 
 
 class ProviderFitTest(unittest.TestCase):
@@ -5721,7 +5792,7 @@ class TlsTest(unittest.TestCase):
     def setUpClass(cls):
         cls.about = minted()
         with tempfile.TemporaryDirectory(prefix="piz") as directory:
-            cls.context = pizauth.tls_context(cls.about["pem"], directory)
+            cls.context = pizauth.minted_context(cls.about["pem"], directory)
             assert os.listdir(directory) == []
         cls.certificate = cls.about["pem"].partition("-----BEGIN CERTIFICATE-----")
         cls.certificate = "".join(cls.certificate[1:])
@@ -6029,7 +6100,7 @@ class DirectoryTest(unittest.TestCase):
             (secret, 0o604, readable), (account(extra='client_secret = "";'), 0o644, None),
         ):
             with open(path, "w", encoding="ascii") as file:
-                file.write(text)
+                file.write(text.replace("http:", "https:"))
             os.chmod(path, mode)
             for reloading in (False, True):
                 with self.subTest(text=text, mode=oct(mode), reloading=reloading):
@@ -6040,10 +6111,24 @@ class DirectoryTest(unittest.TestCase):
                         self.assertTrue(warnings_[0].startswith(warned), warnings_)
                         self.assertIn(f"run 'chmod 600 {path}'", warnings_[0])
 
+    def test_a_plain_http_endpoint_beyond_this_machine_is_warned_of(self):
+        for uri, warned in (("https://a.example/", False), ("http://a.example/", True),
+                            ("http://localhost:1/", False), ("HTTP://127.0.0.1/", False)):
+            for option in ("auth_uri", "token_uri", "device_auth_uri", "revoke_uri"):
+                values = {"auth_uri": "https://a", "token_uri": "https://t", option: uri}
+                lines = " ".join(f'{name} = "{value}";' for name, value in values.items())
+                with open(f"{self.base}/conf", "w", encoding="ascii") as file:
+                    file.write(f'account "x" {{ {lines} client_id = "c"; }}')
+                os.chmod(f"{self.base}/conf", 0o600)
+                warnings_ = []
+                pizauth.load_config(f"{self.base}/conf", warnings_.append)
+                self.assertEqual(warnings_, ["Others on the network can read what account x sends:"
+                                             f" write https: in {option}"] if warned else [])
+
     def test_a_pipe_is_nobody_elses(self):
         reader, writer = os.pipe()
         self.addCleanup(os.close, reader)
-        os.write(writer, account(extra='client_secret = "s";').encode())
+        os.write(writer, secure(account(extra='client_secret = "s";')).encode())
         os.close(writer)
         self.assertTrue(pizauth.load_config(f"/dev/fd/{reader}", self.fail).accounts)
 
@@ -6284,7 +6369,7 @@ class CommandLineTest(unittest.TestCase):
             cls.enterClassContext(Daemon(account("x"))) if hasattr(cls, "enterClassContext")
             else None)
         if cls.daemon is None:
-            cls.daemon = Daemon(account("x")).__enter__()
+            cls.daemon = Daemon(secure(account("x"))).__enter__()
             cls.addClassCleanup(cls.daemon.__exit__)
 
     def run_in(self, directory, *arguments, program=CACHED):
@@ -6399,7 +6484,7 @@ class CommandLineTest(unittest.TestCase):
             self.assertRegex(self.run_in(directory, "server", "-n").stderr,
                              "^ERROR - No config file found at ")
             with open(path, "w", encoding="ascii") as file:
-                file.write(account("x"))
+                file.write(secure(account("x")))
             os.chmod(path, 0o622)
             done = self.run_in(directory, "server", "-n", "-c", path)
             self.assertEqual((done.returncode, done.stdout), (0, ""))
@@ -6411,7 +6496,7 @@ class CommandLineTest(unittest.TestCase):
                 socket.create_server(("127.0.0.1", 0)) as other:
             address = f"127.0.0.1:{other.getsockname()[1]}"
             with open(f"{directory}/pizauth.conf", "w", encoding="ascii") as file:
-                file.write(account() + f'http_listen = "{address}"; https_listen = none;')
+                file.write(secure(account()) + f'http_listen = "{address}"; https_listen = none;')
             self.fails(
                 self.run_in(directory, "server"),
                 f'Cannot listen on http_listen "{address}": Address already in use')
@@ -6706,7 +6791,7 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual(done.stdout, "True\n", done.stderr)
 
     def test_a_server_that_cannot_let_go_of_the_terminal_says_so_and_leaves_no_socket(self):
-        with Daemon(account("x")) as daemon:
+        with Daemon(secure(account("x"))) as daemon:
             daemon.stop()
             daemon.program = [
                 sys.executable, "-c", "import pizauth\n"
@@ -7706,7 +7791,7 @@ class EndToEndTest(unittest.TestCase):
 
     def test_odd_starters(self):
         """SIGCHLD ignored, and a configuration that comes through a pipe."""
-        daemon = Daemon(account("x"))
+        daemon = Daemon(secure(account("x")))
         self.addCleanup(daemon.__exit__)
         self.addCleanup(daemon.run, "shutdown")
         server = f"{sys.executable} {PROGRAM} server"
@@ -7759,6 +7844,71 @@ class EndToEndTest(unittest.TestCase):
         self.assertNotIn("Reloaded", daemon.logged())
         self.assertIn("token_refreshed", daemon.logged())
         self.assertFalse(self.holds(os.path.join(daemon.directory, "dump"), before))
+
+    def test_import_reads_the_token_from_standard_input(self):
+        daemon = self.start(self.provider.account())
+        self.provider.refresh_tokens.add("rt-elsewhere")
+        done = subprocess.run([*CACHED, "import", "work"], input="rt-elsewhere\n", text=True,
+                              env=daemon.environment, capture_output=True, timeout=30)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+        self.assertRegex(daemon.run("show", "-w", "9", "work").stdout, "^at-")
+
+    def test_the_port_of_a_redirect_uri_is_listened_on_if_it_is_free(self):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            text = self.provider.account(extra=f'redirect_uri = "http://127.0.0.1:{port}/cb";')
+            daemon = self.start(text)
+            with open(daemon.log, encoding="utf-8") as log:
+                self.assertIn("; redirect_uri gets another port\n", log.read())
+            self.assertNotIn(str(port), query_of(daemon.url())["redirect_uri"])
+        self.assertEqual(daemon.run("reload").returncode, 0)
+        self.assertEqual(json.loads(daemon.ask(b"info:"))["http_port"], str(port))
+        self.assertEqual(query_of(daemon.url())["redirect_uri"], f"http://127.0.0.1:{port}/cb")
+        self.assertEqual(daemon.visit()[0], 200)
+        self.configure(daemon, "", text + self.provider.account("other"))
+        self.assertEqual(daemon.run("reload").returncode, 0)
+        self.assertEqual(daemon.visit("other")[0], 200)
+        self.assertTrue(daemon.show())
+
+    @unittest.skipUnless(importlib.util.find_spec("cryptography"), "it makes the certificates")
+    def test_a_certificate_of_ones_own_is_used_and_read_again_at_a_reload(self):
+        first, second = (minted()["pem"] for _ in range(2))
+        with tempfile.TemporaryDirectory(prefix="piz") as directory:
+            path = f"{directory}/both.pem"
+
+            def write(pem):
+                with open(path, "w", encoding="ascii") as file:
+                    file.write(pem)
+
+            def shown():
+                port = json.loads(daemon.ask(b"info:"))["https_port"]
+                return ssl.get_server_certificate(("127.0.0.1", int(port))).strip()
+
+            write(first)
+            https = self.provider.account(extra='redirect_uri = "https://localhost/";')
+            daemon = self.start(f'{https} https_cert = "{path}";')
+            self.assertIn(shown(), first)
+            self.assertNotIn("https_pub_key", json.loads(daemon.ask(b"info:")))
+            write(second)
+            self.assertEqual(daemon.run("reload").returncode, 0)
+            self.assertIn(shown(), second)
+            for text, error in (("junk", f"Cannot use https_cert {path}: "), (first[:300], path)):
+                write(text)
+                done = daemon.run("reload")
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+                self.assertIn(error, done.stderr)
+                self.assertIn(shown(), second)
+            key, certificate = first.split("-----BEGIN CERTIFICATE", 1)
+            write("-----BEGIN CERTIFICATE" + certificate)
+            with open(f"{directory}/key", "w", encoding="ascii") as file:
+                file.write(key)
+            self.configure(daemon, f'https_cert = "{path}"; https_key = "{directory}/key";', https)
+            self.assertEqual(daemon.run("reload").returncode, 0)
+            self.assertIn(shown(), first)
+            self.configure(daemon, "", https)
+            self.assertEqual(daemon.run("reload").returncode, 0)  # one is made again
+            self.assertNotIn(shown(), first + second)
+            self.assertIn("https_pub_key", json.loads(daemon.ask(b"info:")))
 
     def test_reload_moves_listeners_or_changes_nothing(self):
         daemon = self.start(self.provider.account())
@@ -7872,7 +8022,7 @@ class EndToEndTest(unittest.TestCase):
     @unittest.skipUnless(importlib.util.find_spec("cryptography"), "cryptography is not installed")
     def test_a_certificate_that_cannot_be_used_is_reported(self):
         daemon = self.start(self.provider.account(), prelude=(
-            "def odd(*_): raise AttributeError('no such option')\npizauth.tls_context = odd"))
+            "def odd(*_): raise AttributeError('no such option')\npizauth.minted_context = odd"))
         self.configure(daemon, "", self.provider.account(
             "secure", 'redirect_uri = "https://localhost/";'))
         self.assertEqual(daemon.ask(b"reload:"), b"error:Account secure has an 'https' redirect,"
@@ -8053,7 +8203,7 @@ class EndToEndTest(unittest.TestCase):
     def test_certificates_of_token_endpoints_are_verified(self):
         with tempfile.TemporaryDirectory(prefix="piz") as directory:
             pem = minted()["pem"]
-            context = pizauth.tls_context(pem, directory)
+            context = pizauth.minted_context(pem, directory)
             server = self.provider.server
             server.socket = context.wrap_socket(server.socket, server_side=True)
             uri = f"https://localhost:{server.server_port}/token"
@@ -8456,7 +8606,7 @@ class AuthlibTest(unittest.TestCase):
             client_secret = "{AUTHLIB_CLIENT["client_secret"]}";
             scopes = ["mail", "offline_access"];
         }} error_notify_cmd = "echo \\"$PIZAUTH_MSG\\" >> $HOME/errors"; {options}""",
-            prelude="pizauth.SLOW_DOWN = 0.5")
+            prelude="pizauth.SLOW_DOWN = 0.5; pizauth.DEVICE_GAP = 0.1")
         self.addCleanup(daemon.__exit__)
         daemon.start()
         return daemon
