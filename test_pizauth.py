@@ -6365,12 +6365,8 @@ class ManualTest(unittest.TestCase):
 class CommandLineTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.daemon = (
-            cls.enterClassContext(Daemon(account("x"))) if hasattr(cls, "enterClassContext")
-            else None)
-        if cls.daemon is None:
-            cls.daemon = Daemon(secure(account("x"))).__enter__()
-            cls.addClassCleanup(cls.daemon.__exit__)
+        cls.daemon = Daemon(secure(account("x"))).__enter__()
+        cls.addClassCleanup(cls.daemon.__exit__)
 
     def run_in(self, directory, *arguments, program=CACHED):
         environment = {
