@@ -154,8 +154,7 @@ class TokenError(PizauthError):
 class TransientError(TokenError):
     """Worth retrying; `retry_after` is in seconds. `cause` is one of
 
-    outage        no answer, or HTTP 408, 425, 429 or 5xx, or client_secret_cmd failed: only then
-                  is a code exchange retried
+    outage        no answer or secret, HTTP 408, 425, 429, 5xx: only then is an exchange retried
     passing       an error that passes by its name, or a login page of the network
     unexplained   HTTP 400 or 401 with JSON that is no OAuth error
     odd           any other answer
@@ -249,7 +248,7 @@ class Account(Schedule):
     client_id: str = option("string", dump="string")
     client_secret: str | None = option("string", default=None, dump="optional")
     client_secret_cmd: str | None = option("string", default=None, dump="extension")
-    client_auth: str = option("client_auth", default="post", dump="extension")
+    client_auth: str = option("string", default="post", dump="extension")
     redirect_uri: str = option("uri", default="http://localhost/", dump="string")
     scopes: tuple[str, ...] = option("strings", default=(), dump="strings")
     token_uri: str = option("uri", dump="string")
@@ -594,6 +593,8 @@ class Parser:
             mandatory = option.default is MANDATORY or option.unless
             if mandatory and name not in values and option.unless not in values:
                 raise self.error(place, f'{name} not specified: this account needs {name} = "...";')
+        if values.get("client_auth", "post") not in ("post", "basic"):
+            raise self.error(place, 'client_auth is neither "post" nor "basic"')
         if values.keys() >= {"client_secret", "client_secret_cmd"}:
             raise self.error(place, "Both client_secret and client_secret_cmd are set: keep one")
         if "login_hint" in values and "login_hint" in dict(values.get("auth_uri_fields", ())):
@@ -660,14 +661,6 @@ class Parser:
         except ValueError as error:
             raise self.error(lexeme, str(error)) from None
         return lexeme.value()
-
-    def client_auth(self) -> str:
-        """How the client proves who it is: `"post"` or `"basic"`."""
-        lexeme = self.lexeme
-        value = self.string()
-        if value not in ("post", "basic"):
-            raise self.error(lexeme, "client_auth is \"post\" or \"basic\"")
-        return value
 
     def listen(self) -> Addresses:
         """Where a listener listens: `none`, `off`, or a STRING `HOST:PORT`."""
@@ -868,8 +861,7 @@ def revocation_request(account: Account, token: Active) -> Form:
 
 
 def authenticated(account: Account, form: Form, secret: str | None) -> tuple[Form, str]:
-    """A form as sent, and its Authorization header or "". If the client has a secret, even an empty
-    one, it is in either (RFC 6749 2.3.1)."""
+    """A form as sent, and its Authorization header or "": a secret is in one (RFC 6749 2.3.1)."""
     form = [*form, *account.token_uri_fields]
     if secret is None:
         return form, ""
@@ -880,8 +872,7 @@ def authenticated(account: Account, form: Form, secret: str | None) -> tuple[For
 
 
 def printed_secret(status: int | None, output: bytes) -> str:
-    """The client secret that client_secret_cmd has printed, its first line, by the exit status and
-    output of an Ended. Raises TransientError, without the output."""
+    """The first line that client_secret_cmd printed. Raises TransientError, without the output."""
     line = output.partition(b"\n")[0].decode("utf-8", "replace").rstrip("\r")
     how = (f"was killed after {SECRET_LIMIT} s" if status is None else
            f"ended with status {status}" if status else
@@ -926,9 +917,8 @@ def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes,
 
 def judged(outcome: bytes, form: Form, read: Callable[[dict[str, Any]], Answered],
            option: str = "token_uri") -> Answered:
-    """What read() makes of the fields of a good answer; it raises ValueError if they are none.
-    `option` gave the endpoint. Raises TransientError or PermanentError, without secrets of the
-    form."""
+    """What read() makes of the fields of a good answer of an option's endpoint; read() raises
+    ValueError. Raises TransientError or PermanentError, without secrets of the form."""
     head, _, body = outcome.partition(b"\n")
     number, delay, whole, trouble = head.decode("utf-8", "replace").split(" ", 3)
     status, retry_after = int(number), min(float(delay), RETRY_AFTER_LIMIT)
@@ -973,11 +963,10 @@ def cause_and_guess(status: int, error: str, answer: dict[str, Any] | None, faul
 
 
 def json_object(body: bytes) -> dict[str, Any] | None:
-    """The JSON object in a body, or None. A byte that is not UTF-8 spoils only its own text.
-    Numbers become floats: a million digits are fast then."""
+    """The JSON object in a body, or None. A byte that is not UTF-8 spoils only its own text."""
     with suppress(ValueError, RecursionError):
         text = body.decode(json.detect_encoding(body), "replace")
-        value = json.loads(text, parse_int=float)
+        value = json.loads(text, parse_int=float)  # a million digits are fast then
         if isinstance(value, dict):
             return value
     return None
@@ -1033,13 +1022,12 @@ def claimed_users(answer: dict[str, Any]) -> tuple[str, ...]:
 
 
 def good_device_answer(answer: dict[str, Any]) -> DeviceResponse:
-    """The codes in an answer (RFC 8628 3.2), read with tolerance; Google says verification_url.
-    Raises ValueError if it is no good one, with the reason."""
+    """The codes in an answer (RFC 8628 3.2), read with tolerance. Raises ValueError with why."""
     device_code, user_code = answer.get("device_code"), answer.get("user_code")
     if isinstance(user_code, float):  # a number in JSON
         user_code = f"{user_code:.0f}"
     uris = [answer.get(name) for name in (
-        "verification_uri_complete", "verification_uri", "verification_url")]
+        "verification_uri_complete", "verification_uri", "verification_url")]  # Google's last
     url = next((uri for uri in uris if isinstance(uri, str)
                 and re.fullmatch(r"https?://[!-~]+", uri, re.IGNORECASE)), None)
     if not isinstance(device_code, str) or not is_visible_ascii(device_code):
@@ -1109,8 +1097,7 @@ class Wish(Record):
 
 
 def read_wish(words: str) -> Wish:
-    """The meaning of option words, separated by commas; unknown ones mean nothing. Raises
-    RequestError."""
+    """The meaning of words separated by commas; unknown ones mean nothing. Raises RequestError."""
     wish = Wish()
     for word in words.split(","):
         name, _, value = word.partition("=")
@@ -1187,8 +1174,7 @@ def redirect_matches(redirect_uri: str, scheme: str, host: str, target: str) -> 
 
 
 def address_in(text: str) -> str:
-    """The address in a pasted text: perhaps wrapped by a terminal, quoted or encoded by a mail
-    program, and amid other words."""
+    """The address in a text: wrapped by a terminal, encoded by mail programs, amid other words."""
     import quopri
 
     text = re.sub(r"(?m)^[>| ]+", "", text)  # a mail that is quoted in another one
@@ -1205,9 +1191,8 @@ def address_in(text: str) -> str:
 
 
 def pasted_redirect(text: str) -> tuple[str, str, str]:
-    """Scheme, host and target of a redirect that was copied from a browser's address bar. Scheme
-    and host are empty where only the query was copied, and the scheme where the browser hid it.
-    Raises RequestError."""
+    """Scheme, host and target of a redirect copied from a browser's address bar; scheme and host
+    are empty if only the query was, the scheme if the browser hid it. Raises RequestError."""
     text = address_in(text)
     if "?" not in text and "=" in text.partition("&")[0] and "/" not in text.partition("=")[0]:
         text = "?" + text
@@ -1273,11 +1258,14 @@ def without_state(response: Fields) -> BadRequest:
                       " see 'pizauth status'. " + LOG_IN_AGAIN, "failed", INFO)
 
 
-def error_reply(error: PizauthError) -> bytes:
+def error_reply(error: PizauthError, peer: str = "control") -> bytes:
     """The reply to a refused peer: a page for a browser, `error:` and a sentence for a client."""
-    if isinstance(error, BadRequest):
-        return page(error.status, error.sign, str(error), error.advice or LOG_IN_AGAIN)
-    return f"error:{error}".encode("utf-8", "replace")
+    text, advice = str(error), getattr(error, "advice", None)
+    if peer == "browser" and isinstance(error, BadRequest):
+        return page(error.status, error.sign, text, advice or LOG_IN_AGAIN)
+    if advice is not None:
+        text = f"{text.rstrip('.')}. {advice or LOG_IN_AGAIN}"
+    return f"error:{text}".encode("utf-8", "replace")
 
 
 # ---- Time and token states ----
@@ -1678,7 +1666,6 @@ class Authenticator:
         self.stopping = False
         self._clock, self._post, self._run, self._log = clock, post, run, log
         self._tokens: dict[str, Token | None] = dict.fromkeys(config.accounts)
-        self._states: dict[str, str] = {}  # `state` of each redirect -> its account's name
         self._waiters: list[Waiter] = []
         self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
         self._not_before: dict[str, float] = {}  # when an account's next refresh may start
@@ -1727,14 +1714,9 @@ class Authenticator:
     # Transitions.
 
     def _replace(self, name: str, token: Token | None, event: str | None, told: str = "") -> None:
-        """Change an account's state; nothing else does. `told`: what the peers that wait for a
-        login hear if there is no token now."""
+        """Change an account's state; nothing else does. `told`: why waiting peers get no token."""
         old = self._tokens[name]
         self._tokens[name] = token
-        if old is not None:
-            self._states.pop(old.state, None)
-        if token is not None and token.state:
-            self._states[token.state] = name
         if isinstance(token, Active):
             token.not_before = self._not_before.get(name, 0)
         self._forget_deadline()
@@ -1757,8 +1739,7 @@ class Authenticator:
 
     def _unless_replaced(self, name: str, token: Token | None, then: Any) -> Callable[..., None]:
         """A callback for the work that token.cancel stops: then(name, token, *results), unless the
-        token has been replaced meanwhile (revoked, reloaded, refreshed). Without a token the work
-        is of no account's state."""
+        token has been replaced meanwhile (revoked, reloaded, refreshed). No token: always."""
 
         def deliver(*results: Any) -> None:
             if token is None:
@@ -1792,8 +1773,7 @@ class Authenticator:
         return max(self._clock.now(), self._notified.get(name, 0) + REMINDER_GAP)
 
     def _redirect_uri(self, account: Account) -> str:
-        """The account's redirect URI, with the port of our listener (RFC 8252 7.3); the server
-        neither starts nor reloads without one."""
+        """The account's redirect URI, with the port of our listener (RFC 8252 7.3)."""
         ports, own = self.ports[account.redirect_scheme], account.redirect_port
         return normal_uri(account.redirect_uri, own if own in ports else ports[0])
 
@@ -1884,9 +1864,8 @@ class Authenticator:
              read: Callable[[dict[str, Any]], Answered],
              good: Callable[[str, Any, Answered], object],
              failed: Callable[[str, Any, TokenError], None], fresh: bool = False) -> None:
-        """Post a form to an option's endpoint, once the client secret is known; `fresh` if it is
-        new. The answer leads to good(name, old, what read() makes of it) or failed(name, old,
-        error)."""
+        """Post a form to an option's endpoint, once the client secret is known (`fresh`: if new).
+        The answer leads to good(name, old, what read() makes of it) or failed(name, old, error)."""
         account = self.config.accounts[name]
         secret = self._secrets.get(name, account.client_secret)
         sent, authorization = authenticated(account, form, secret)
@@ -2063,18 +2042,14 @@ class Authenticator:
     # The redirect listeners.
 
     def redirected(self, scheme: str, head: tuple[str, str], answer: Answer) -> None:
-        """Answer a browser, which may bring an authorization response."""
+        """Answer a browser, which may bring an authorization response. Raises BadRequest."""
         target, host = head
 
         def tell(name: str, sign: str, text: str) -> None:
             closing = "" if sign == "failed" else ": you can safely close this page."
             answer(page(200, sign, text + closing, next_step(sign, name)))
 
-        try:
-            self._redirected(scheme, host, target, BROWSER_PATIENCE, tell)
-        except BadRequest as error:
-            self._log(error.level, f"A browser request was refused: {error}")
-            answer(error_reply(error))
+        self._redirected(scheme, host, target, BROWSER_PATIENCE, tell)
 
     def _redirected(self, scheme: str, host: str, target: str, patience: float,
                     tell: Callable[[str, str, str], None]) -> None:
@@ -2084,8 +2059,9 @@ class Authenticator:
         response = authorization_response(target.partition("?")[2])
         if "state" not in response:
             raise without_state(response)
-        name = self._states.get(response["state"])  # of 256 random bits (RFC 6749 10.12)
-        if name is None:
+        state = response["state"] or "none"  # a login's has 256 random bits (RFC 6749 10.12)
+        name = next((name for name, one in self._tokens.items() if one and one.state == state), "")
+        if not name:
             raise BadRequest(
                 200, "No pending token matches request state: request a fresh token",
                 "The login that this address belongs to has ended, or a newer one has taken its"
@@ -2112,8 +2088,7 @@ class Authenticator:
         self._forget_deadline()
 
     def _respond(self, name: str, pending: RedirectLogin, response: Fields) -> None:
-        """Exchange the code of an authorization response. Raises BadRequest if it has none, or is
-        another issuer's (RFC 9207 2.4)."""
+        """Exchange the code of a response. Raises BadRequest if it has none, or another issuer."""
         issuer, iss = self.config.accounts[name].issuer, response.get("iss")
         if issuer is not None and iss != issuer and (iss is not None or issuer in self._issuers):
             raise BadRequest(
@@ -2144,11 +2119,7 @@ class Authenticator:
             answer(f"ok:{text}".encode() if sign == "worked" else
                    f"error:{text}. {next_step(sign, name)}".encode())
 
-        try:
-            self._redirected(scheme, host, target, COMPLETE_PATIENCE, tell)
-        except BadRequest as error:
-            advice = error.advice or LOG_IN_AGAIN
-            raise RequestError(f"{str(error).rstrip('.')}. {advice}") from None
+        self._redirected(scheme, host, target, COMPLETE_PATIENCE, tell)
 
     def _dump(self, rest: bytes, answer: Answer) -> None:
         states = [(account, self._tokens[name]) for name, account in self.config.accounts.items()]
@@ -2220,9 +2191,8 @@ class Authenticator:
         self._show(account.name, wish, answer)
 
     def _show(self, name: str, wish: Wish, answer: Answer, until: float | None = None) -> None:
-        """Give a client the token, or begin what leads to one and tell. The client waits if it
-        wishes to, or where the provider has yet to give a URL; until a moment if it has waited
-        before."""
+        """Give a client the token, or begin what leads to one and tell. It waits if it wishes to,
+        or if there is no URL yet; until a moment if it has waited before."""
 
         def tell(sign: str, text: str) -> None:
             if sign == "failed" and (self.stopping or self._tokens.get(name) is None):
@@ -2292,18 +2262,14 @@ class Authenticator:
     _ALONE = (b"dump", b"info", b"reload", b"shutdown", b"status")  # they take nothing
 
     def control(self, request: bytes, answer: Answer) -> None:
-        """Answer a control client's request."""
+        """Answer a control client's request. Raises PizauthError."""
         verb, colon, rest = request.partition(b":")
-        try:
-            if not colon or verb not in self._VERBS:
-                raise RequestError("Unknown request: do client and server differ in version?")
-            if rest and verb in self._ALONE and request != b"status:json":
-                raise RequestError(f"Nothing may follow '{verb.decode()}:' in this version")
-            self._log(TRACE, f"Control request: {verb.decode()}")
-            self._VERBS[verb](self, rest, answer)
-        except PizauthError as error:
-            self._log(error.level, f"A control request was refused: {error}")
-            answer(error_reply(error))
+        if not colon or verb not in self._VERBS:
+            raise RequestError("Unknown request: do client and server differ in version?")
+        if rest and verb in self._ALONE and request != b"status:json":
+            raise RequestError(f"Nothing may follow '{verb.decode()}:' in this version")
+        self._log(TRACE, f"Control request: {verb.decode()}")
+        self._VERBS[verb](self, rest, answer)
 
     def _wish_and_account(self, rest: bytes) -> tuple[Wish, Account]:
         """Split `OPTION NAME`: the option's words, and the account."""
@@ -2325,8 +2291,7 @@ class Authenticator:
         return self._tokens[name]
 
     def _refresh_soon(self, name: str, token: Active) -> None:
-        """Refresh as soon as allowed, whatever the schedule or Retry-After say. Raises RequestError
-        if there is no refresh token."""
+        """Refresh as soon as allowed, before schedule and Retry-After. Raises RequestError."""
         if token.refresh_token is None:
             until = self._clock.date(token.expires_at)
             raise RequestError(f"'{name}' has no refresh token; its access token lasts until"
@@ -2479,8 +2444,7 @@ def run_command(command: str, variables: Fields, descriptors: int) -> bytes:
 
 
 def fetch(uri: str, form: Form | None = None, authorization: str = "") -> bytes:
-    """In a child, or `discover`: post a form, or GET if there is none, with that header if it is
-    not empty; returns outcome_bytes()."""
+    """In a child, or `discover`: post a form, or GET if there is none; returns outcome_bytes()."""
     import http.client
     import urllib.request
 
@@ -3069,19 +3033,19 @@ class Exchange:
         """Pass the request on, once it is whole."""
         try:
             request = self.service.frame(self.buffer, self.eof)
+            if request is not None:
+                self.state, self.due = "parked", FOR_EVER  # every answer has a limit of its own
+                self.buffer.clear()
+                self.service.respond(request, self.answer)
         except PizauthError as error:
             self.loop.log(error.level, f"A {self.service.peer} request was refused: {error}")
-            self.answer(error_reply(error))
+            self.answer(error_reply(error, self.service.peer))
+        except Exception:  # an OSError is a bug here, not a peer that has gone
+            self.loop.log_bug("A request was lost to a bug")
+            self.close()
+        if self.state != "reading":
             return
-        if request is not None:
-            self.state, self.due = "parked", FOR_EVER  # every answer has a limit of its own
-            self.buffer.clear()
-            try:
-                self.service.respond(request, self.answer)
-            except Exception:  # an OSError is a bug here, not a peer that has gone
-                self.loop.log_bug("A request was lost to a bug")
-                self.close()
-        elif self.eof:
+        if self.eof:
             self.close()
         elif self.tls is not None and self.tls.outgoing.pending:
             self.outgoing = self.tls.outgoing.read()
@@ -3194,9 +3158,8 @@ class Connections:
         return [exchange for some in self.exchanges.values() for exchange in some]
 
     def make_room(self, peer: str) -> None:
-        """At the cap of this kind of peer, end one: who has hung up; else the one that has been
-        reading longest, for a second at least; else one that writes or drains; else the one that
-        has waited longest."""
+        """At the cap of this kind of peer, end those that hung up; else the one that has been
+        reading longest, for FAIR_TIME; else one that writes or drains; else the longest parked."""
         exchanges = self.exchanges[peer]
         if len(exchanges) >= CAPS[peer]:
             self.close_hung_up()
@@ -3206,12 +3169,11 @@ class Connections:
             victim = min(exchanges, key=lambda exchange: (
                 3 if exchange.state == "reading" and exchange.due > slow else
                 rank.get(exchange.state, 1)))
-            victim.answer(error_reply(TOO_MANY[peer]))
+            victim.answer(error_reply(TOO_MANY[peer], peer))
             victim.close()
 
     def close_hung_up(self) -> None:
-        """Close the parked exchanges of control clients that have gone. (Of a browser that has gone
-        the socket tells nothing.)"""
+        """Close the parked exchanges of control clients that have gone; TCP does not tell it."""
         parked = {one.sock.fileno(): one for one in self.exchanges["control"]
                   if one.state == "parked"}
         poll = select.poll()
@@ -3659,8 +3621,7 @@ class Server:
             self.configure(config, reloaded)
 
     def configure(self, config: Config, then: Reloaded) -> None:
-        """Take a configuration, with the certificate that it names; or first make one if it needs
-        one and there is none."""
+        """Take a configuration, and first read or make the certificate that it needs."""
         self.newest = config
         minted = self.authenticator.config.https_cert is None and self.certificate
         if not config.addresses("https"):
