@@ -1087,26 +1087,18 @@ def until_eof(buffer: bytearray, eof: bool) -> bytes | None:
     return bytes(buffer) if eof else None
 
 
-class Wish(Record):
-    """What a client of `showtoken` or `refresh` wants; times are in seconds."""
-
-    withurl: bool = False
-    json: bool = False
-    wait: int = 0  # how long it waits for a refresh or an authorisation
-    life: int = 0  # how long the token must last
-
-
-def read_wish(words: str) -> Wish:
-    """The meaning of words separated by commas; unknown ones mean nothing. Raises RequestError."""
-    wish = Wish()
+def read_wish(words: str) -> dict[str, int]:
+    """What the option words of `showtoken` and `refresh` ask for, 0 if nothing; `wait` and `life`
+    are in seconds. Unknown words mean nothing. Raises RequestError."""
+    wish = dict.fromkeys(("withurl", "json", "wait", "life"), 0)
     for word in words.split(","):
         name, _, value = word.partition("=")
         if name in ("wait", "life"):
             if not re.fullmatch("[0-9]{1,5}", value) or int(value) > WISH_LIMIT:
                 raise RequestError(f"'{name}' takes a number of seconds, at most {WISH_LIMIT}")
-            setattr(wish, name, int(value))
-        elif word in ("withurl", "json"):
-            setattr(wish, word, True)
+            wish[name] = int(value)
+        elif word in wish:
+            wish[word] = 1
     return wish
 
 
@@ -1673,7 +1665,7 @@ class Authenticator:
         self._issuers: set[str] = set()  # those that are known to send `iss`
         self._asked: dict[str, float] = {}  # when an account last asked for a device code
         self._notified: dict[str, float] = {}  # when an account's person was last notified
-        self._events: list[tuple[str, str]] = []  # for token_event_cmd, which runs for the first
+        self.events: list[tuple[str, str]] = []  # for token_event_cmd, which runs for the first
         self._deadline: float | None = None  # None: not known
 
     # What is due, and when.
@@ -1798,10 +1790,8 @@ class Authenticator:
         pending.retry_at = None
         if isinstance(pending, DeviceLogin):
             self._asked[name] = self._clock.now()
-            self._ask("device", name, pending, "device_auth_uri", pending.form or [],
-                      good_device_answer, self._device_asked, self._proceed_failed)
-        else:
-            self._request_token("code", name, pending, pending.form or [], self._proceed_failed)
+        what = "device" if isinstance(pending, DeviceLogin) else "exchange"
+        self._ask(what, name, pending, pending.form or [])
 
     def _proceed_failed(self, name: str, pending: Pending, error: TokenError) -> None:
         if error.cause == "outage" and pending.tries < CODE_TRIES:
@@ -1832,8 +1822,8 @@ class Authenticator:
                                            f" {login.user_code} has expired{why}")
             return
         login.poll_at = None
-        form = device_token_request(self.config.accounts[name], login.device_code)
-        self._request_token("refresh", name, login, form, self._poll_failed)
+        self._ask("poll", name, login,
+                  device_token_request(self.config.accounts[name], login.device_code))
 
     def _poll_failed(self, name: str, login: DeviceLogin, error: TokenError) -> None:
         """A poll gave no tokens: go on, unless the provider has refused (RFC 8628 3.5)."""
@@ -1854,54 +1844,50 @@ class Authenticator:
         before_expiry = login.expires_at - LAST_POLL - now
         login.poll_at = now + max(login.interval, min(login.gap, before_expiry))
 
-    def _request_token(self, kind: str, name: str, old: Token, form: Form,
-                       failed: Callable[[str, Any, TokenError], None]) -> None:
-        """Post a form to the token endpoint. Its answer replaces the old token by an Active, or
-        leads to failed(name, old, error)."""
-        self._ask(kind, name, old, "token_uri", form, good_answer, self._obtained, failed)
-
-    def _ask(self, kind: str, name: str, old: Token | None, option: str, form: Form,
-             read: Callable[[dict[str, Any]], Answered],
-             good: Callable[[str, Any, Answered], object],
-             failed: Callable[[str, Any, TokenError], None], fresh: bool = False) -> None:
-        """Post a form to an option's endpoint, once the client secret is known (`fresh`: if new).
-        The answer leads to good(name, old, what read() makes of it) or failed(name, old, error)."""
-        account = self.config.accounts[name]
+    def _ask(self, what: str, name: str, old: Token | None, form: Form,
+             fresh: bool = False) -> None:
+        """Post a form, a key of _REQUESTS, once the client secret is known (`fresh`: if new)."""
+        account, (kind, option, *_) = self.config.accounts[name], self._REQUESTS[what]
         secret = self._secrets.get(name, account.client_secret)
-        sent, authorization = authenticated(account, form, secret)
-        used = old.access_token if isinstance(old, Active) else ""
-        hidden = [*sent, ("access_token", used), ("client_secret", secret or ""),
-                  ("client_secret", authorization.rpartition(" ")[2])]
-
-        def answered(name: str, old: Token | None, outcome: bytes) -> None:
-            try:
-                response = judged(outcome, hidden, read, option)
-            except TokenError as error:
-                stale = error.error == "invalid_client" and not fresh
-                if stale and self._secrets.pop(name, None) is not None:  # it may have been renewed
-                    error = TransientError(str(error), "outage")
-                failed(name, old, error)
-            else:
-                good(name, old, response)
-
-        def printed(name: str, old: Token | None, status: int | None, output: bytes) -> None:
-            try:
-                self._secrets[name] = printed_secret(status, output)
-            except TransientError as error:
-                failed(name, old, error)
-            else:
-                self._ask(kind, name, old, option, form, read, good, failed, True)
-
         if account.client_secret_cmd is not None and secret is None:
+            printed = self._unless_replaced(name, old, partial(self._secret_printed, what, form))
             cancel = self._run(account.client_secret_cmd, {"PIZAUTH_ACCOUNT": name}, SECRET_LIMIT,
-                               self._unless_replaced(name, old, printed), True)
+                               printed, True)
         else:
-            uri = normal_uri(getattr(account, option))
-            cancel = self._post(kind, uri, sent, authorization,
+            sent, authorization = authenticated(account, form, secret)
+            hidden = [*sent, ("client_secret", secret or ""),
+                      ("client_secret", authorization.rpartition(" ")[2]),
+                      ("access_token", old.access_token if isinstance(old, Active) else "")]
+            answered = partial(self._answered, what, hidden, fresh)
+            cancel = self._post(kind, normal_uri(getattr(account, option)), sent, authorization,
                                 self._unless_replaced(name, old, answered))
         if old is not None:
             old.cancel = cancel
         self._forget_deadline()
+
+    def _secret_printed(self, what: str, form: Form, name: str, old: Token | None,
+                        status: int | None, output: bytes) -> None:
+        """Handle the end of client_secret_cmd: go on with the request."""
+        try:
+            self._secrets[name] = printed_secret(status, output)
+        except TransientError as error:
+            self._REQUESTS[what][-1](self, name, old, error)
+        else:
+            self._ask(what, name, old, form, fresh=True)
+
+    def _answered(self, what: str, hidden: Form, fresh: bool, name: str, old: Token | None,
+                  outcome: bytes) -> None:
+        """Judge the outcome of a request; nothing told holds the hidden secrets."""
+        _, option, read, good, failed = self._REQUESTS[what]
+        try:
+            response = judged(outcome, hidden, read, option)
+        except TokenError as error:
+            if (error.error == "invalid_client" and not fresh
+                    and self._secrets.pop(name, None) is not None):  # it may have been renewed
+                error = TransientError(str(error), "outage")
+            failed(self, name, old, error)
+        else:
+            good(self, name, old, response)
 
     def _obtained(self, name: str, old: Token, response: TokenResponse) -> None:
         """A new access token replaces the account's state, if it is the right person's."""
@@ -1933,10 +1919,10 @@ class Authenticator:
     def _refresh(self, name: str, token: Active) -> None:
         """Post the refresh token (RFC 6749 6)."""
         assert token.refresh_token is not None
-        form = refresh_request(self.config.accounts[name], token.refresh_token)
         token.wanted, token.attempted_at = False, self._clock.now()
         token.not_before = self._not_before[name] = token.attempted_at + REFRESH_GAP
-        self._request_token("refresh", name, token, form, self._refresh_failed)
+        self._ask("refresh", name, token,
+                  refresh_request(self.config.accounts[name], token.refresh_token))
         self._log(DEBUG, f"{name}: refreshing")
 
     def _refresh_failed(self, name: str, token: Active, error: TokenError) -> None:
@@ -1979,6 +1965,22 @@ class Authenticator:
         self._failed(name, f"The access token of {name} has expired, and the provider had given no"
                            " refresh token: log in again", ERROR)
 
+    def _revoked(self, name: str, _token: None, answer: object) -> None:
+        self._log(INFO, f"{name}: revoked at the provider")
+
+    def _revocation_failed(self, name: str, _token: None, error: TokenError) -> None:
+        self._failed(name, f"{name} is revoked here, but not at the provider: {error}", ERROR)
+
+    # What is asked of a provider: the urgency, the option with the address, what reads a good
+    # answer, and what follows from a good and from a bad one.
+    _REQUESTS: Mapping[str, tuple[str, str, Callable[[dict[str, Any]], Any],
+                                  Callable[..., None], Callable[..., None]]] = {
+        "exchange": ("code", "token_uri", good_answer, _obtained, _proceed_failed),
+        "device": ("device", "device_auth_uri", good_device_answer, _device_asked, _proceed_failed),
+        "poll": ("refresh", "token_uri", good_answer, _obtained, _poll_failed),
+        "refresh": ("refresh", "token_uri", good_answer, _obtained, _refresh_failed),
+        "revoke": ("refresh", "revoke_uri", dict, _revoked, _revocation_failed)}
+
     _ACTS: Mapping[str, Callable[[Authenticator, str, Any], None]] = {
         "expire": _expire, "poll": _poll, "proceed": _proceed, "refresh": _refresh,
         "remind": _remind, "tell of fault": _tell_of_fault}
@@ -2019,25 +2021,21 @@ class Authenticator:
     def _tell_event(self, name: str, event: str) -> None:
         """Run token_event_cmd for an event, once it has ended for the events before."""
         if self.config.token_event_cmd is not None:
-            self._events.append((name, event))
-            if len(self._events) == 1:
+            self.events.append((name, event))
+            if len(self.events) == 1:
                 self._tell_next_event()
 
     def _tell_next_event(self) -> None:
 
         def told(status: int | None, output: bytes) -> None:
-            del self._events[0]
+            del self.events[0]
             if self.config.token_event_cmd is None:  # a reload has removed it
-                self._events.clear()
-            if self._events:
+                self.events.clear()
+            if self.events:
                 self._tell_next_event()
 
-        name, event = self._events[0]
+        name, event = self.events[0]
         self._command("token_event_cmd", name, {"PIZAUTH_EVENT": event}, HOOK_LIMIT, told)
-
-    def has_untold_events(self) -> bool:
-        """Whether token_event_cmd runs, or will."""
-        return bool(self._events)
 
     # The redirect listeners.
 
@@ -2177,20 +2175,15 @@ class Authenticator:
         self._errors.pop(account.name, None)
         self._replace(account.name, None, "token_revoked", SUPERSEDED)
         if isinstance(token, Active) and account.revoke_uri is not None:
-            self._ask("refresh", account.name, None, "revoke_uri",
-                      revocation_request(account, token), lambda _answer: None,
-                      lambda name, *_: self._log(INFO, f"{name}: revoked at the provider"),
-                      self._revocation_failed)
+            self._ask("revoke", account.name, None, revocation_request(account, token))
         answer(b"ok:")
-
-    def _revocation_failed(self, name: str, _token: None, error: TokenError) -> None:
-        self._failed(name, f"{name} is revoked here, but not at the provider: {error}", ERROR)
 
     def _showtoken(self, rest: bytes, answer: Answer) -> None:
         wish, account = self._wish_and_account(rest)
         self._show(account.name, wish, answer)
 
-    def _show(self, name: str, wish: Wish, answer: Answer, until: float | None = None) -> None:
+    def _show(self, name: str, wish: dict[str, int], answer: Answer,
+              until: float | None = None) -> None:
         """Give a client the token, or begin what leads to one and tell. It waits if it wishes to,
         or if there is no URL yet; until a moment if it has waited before."""
 
@@ -2202,15 +2195,15 @@ class Authenticator:
 
         now, token = self._clock.now(), self._expire_if_due(name)
         token = token or self._request_authorization(self.config.accounts[name])
-        until = now + (wish.wait or DEVICE_PATIENCE) if until is None else until
+        until = now + (wish["wait"] or DEVICE_PATIENCE) if until is None else until
         if isinstance(token, Active):
             left, refreshing = token.expires_at - now, token.cancel is not None
-            if 0 < left >= wish.life:
+            if 0 < left >= wish["life"]:
                 answer(f"access_token:{self._token_text(name, token, wish)}".encode())
                 return
             try:
                 life = token.expires_at - token.obtained_at
-                if life < wish.life:
+                if life < wish["life"]:
                     raise RequestError(f"The access tokens of {name} last only {life:.0f} s:"
                                        " give -l less than that")
                 self._refresh_soon(name, token)
@@ -2221,18 +2214,18 @@ class Authenticator:
             reply += (". Refreshing is in progress but has not yet succeeded" if refreshing else
                       ". Refreshing initiated")
         else:
-            reply = token.reply(wish.withurl) if token.url else NO_CODE_YET
+            reply = token.reply(bool(wish["withurl"])) if token.url else NO_CODE_YET
             if not token.url and (token.retry_at or 0) > until:
                 date = self._clock.date(token.retry_at or 0)
                 reply = f"error:The provider is asked for a login code again at {date}"
-        if now < until and (wish.wait or reply is NO_CODE_YET):
+        if now < until and (wish["wait"] or reply is NO_CODE_YET):
             self._wait(name, until, tell)
         else:
             answer(reply.encode())
 
-    def _token_text(self, name: str, token: Active, wish: Wish) -> str:
+    def _token_text(self, name: str, token: Active, wish: dict[str, int]) -> str:
         """The access token, or a JSON object with what is known of it."""
-        if not wish.json:
+        if not wish["json"]:
             return token.access_token
         return json.dumps({
             "access_token": token.access_token, "token_type": "Bearer", "account": name,
@@ -2271,7 +2264,7 @@ class Authenticator:
         self._log(TRACE, f"Control request: {verb.decode()}")
         self._VERBS[verb](self, rest, answer)
 
-    def _wish_and_account(self, rest: bytes) -> tuple[Wish, Account]:
+    def _wish_and_account(self, rest: bytes) -> tuple[dict[str, int], Account]:
         """Split `OPTION NAME`: the option's words, and the account."""
         words, _, name = rest.partition(b" ")
         return read_wish(words.decode("ascii", "replace")), self._account(name)
@@ -3573,7 +3566,7 @@ class Server:
             self.children.stopping = True
             self.grace_ends = min(self.grace_ends, self.clock.now() + GRACE)
             notify("STOPPING=1")
-        in_flight = self.children.in_flight() or self.authenticator.has_untold_events()
+        in_flight = self.children.in_flight() or self.authenticator.events
         return not in_flight or self.clock.now() >= self.grace_ends
 
     def _end(self) -> None:
@@ -3674,28 +3667,29 @@ class Server:
 
     def bind_redirects(self, config: Config,
                        wanted: list[Place]) -> dict[Place, list[socket.socket]]:
-        """Sockets for the listeners that are wanted and not there: all of them, or PizauthError.
-        Where the port of a redirect_uri is taken, any other is wanted instead."""
+        """Sockets for the listeners that are wanted and not there: all of them, or PizauthError."""
         bound: dict[Place, list[socket.socket]] = {}
-        reloading = self.control is not None
         try:
-            for at, (scheme, group) in enumerate(wanted):
-                option = f"{scheme}_listen"
-                try:
-                    if (scheme, group) not in self.redirects:
-                        bound[scheme, group] = bind_redirect(option, group, reloading)
-                except PizauthError as error:
-                    if getattr(config, option) is not None or group == LOOPBACK:
-                        raise
-                    self.warn(f"{error}; redirect_uri gets another port")
-                    wanted[at] = place = scheme, LOOPBACK
-                    if place not in {**self.redirects, **bound}:
-                        bound[place] = bind_redirect(option, LOOPBACK, reloading)
+            for at, place in enumerate(wanted):
+                wanted[at] = self._bind(config, place, bound)
         except PizauthError:
             for sock in sum(bound.values(), []):
                 sock.close()
             raise
         return bound
+
+    def _bind(self, config: Config, place: Place, bound: dict[Place, list[socket.socket]]) -> Place:
+        """Bind a place, if it is not; where a redirect_uri's port is taken, another one instead."""
+        scheme, group = place
+        if place not in self.redirects and place not in bound:
+            try:
+                bound[place] = bind_redirect(f"{scheme}_listen", group, self.control is not None)
+            except PizauthError as error:
+                if group == LOOPBACK or getattr(config, f"{scheme}_listen") is not None:
+                    raise
+                self.warn(f"{error}; redirect_uri gets another port")
+                return self._bind(config, (scheme, LOOPBACK), bound)
+        return place
 
     def swap_listeners(self, wanted: list[Place],
                        bound: dict[Place, list[socket.socket]]) -> dict[str, list[int]]:
@@ -3918,10 +3912,6 @@ def last_error(account: str) -> str:
     except (PizauthError, ValueError, TypeError, KeyError):
         return ""  # the original's server does not know that request
     return f"{reason}; " if reason else ""
-
-
-def print_token(account: str) -> None:
-    put(request_with_reason(b"showtoken", "withurl", account, b"access_token") + "\n")
 
 
 def show(options: argparse.Namespace) -> None:
@@ -4198,18 +4188,21 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def with_default_wait(arguments: list[str]) -> list[str]:
+    """The arguments with the seconds of a `-w` that has none."""
+    return [f"-w{WAIT}" if one == "-w" and not following.isdigit() else one
+            for one, following in zip(arguments, [*arguments[1:], ""])]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command, by default that of sys.argv; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if len(arguments) == 2 and arguments[0] == "show" and not arguments[1].startswith("-"):
-            print_token(arguments[1])
+            put(request_with_reason(b"showtoken", "withurl", arguments[1], b"access_token") + "\n")
         else:
-            for at, argument in enumerate(arguments):
-                if argument == "-w" and not "".join(arguments[at + 1 : at + 2]).isdigit():
-                    arguments = [*arguments[:at], f"-w{WAIT}", *arguments[at + 1 :]]
             parser = command_line()
-            options = parser.parse_args(arguments)
+            options = parser.parse_args(with_default_wait(arguments))
             if options.function is None:
                 complain(parser.format_help().rstrip())
                 return 1

@@ -3616,12 +3616,12 @@ class HooksTest(unittest.TestCase):
             world.commands.clear()
             self.assertEqual((command.command, command.limit), ("do token_event_cmd", 60))
             told.append((command.variables["PIZAUTH_ACCOUNT"], command.variables["PIZAUTH_EVENT"]))
-            self.assertTrue(world.auth.has_untold_events())
+            self.assertTrue(world.auth.events)
             command.end(1 if len(told) == 2 else 0)
         self.assertEqual(told, [("x", "token_new"), ("y", "token_new"), ("x", "token_revoked"),
                                 ("y", "token_invalidated")])
         self.assertIn((pizauth.ERROR, "token_event_cmd for y: ended with status 1"), world.logged)
-        self.assertFalse(world.auth.has_untold_events())
+        self.assertFalse(world.auth.events)
 
     def test_what_fires_an_event_and_what_does_not(self):
         def events(*acts):
@@ -4056,7 +4056,7 @@ class ReloadTest(unittest.TestCase):
         world.ask("revoke:x")
         world.reload(account())
         world.commands.pop().end()
-        self.assertEqual((world.commands, world.auth.has_untold_events()), ([], False))
+        self.assertEqual((world.commands, world.auth.events), ([], []))
 
 
 class RaceTest(unittest.TestCase):
