@@ -3152,16 +3152,16 @@ class Connections:
 
     def make_room(self, peer: str) -> None:
         """At the cap of this kind of peer, end those that hung up; else the one that has been
-        reading longest, for FAIR_TIME; else one that writes or drains; else the longest parked."""
+        reading longest, but if it has just begun and few read, one that writes, drains or waits."""
         exchanges = self.exchanges[peer]
         if len(exchanges) >= CAPS[peer]:
             self.close_hung_up()
         if len(exchanges) >= CAPS[peer]:
-            slow = self.loop.clock.now() + CONNECTION_TIMEOUT - FAIR_TIME
-            rank = {"reading": 0, "parked": 2}
-            victim = min(exchanges, key=lambda exchange: (
-                3 if exchange.state == "reading" and exchange.due > slow else
-                rank.get(exchange.state, 1)))
+            reading = [exchange for exchange in exchanges if exchange.state == "reading"]
+            begun = self.loop.clock.now() + CONNECTION_TIMEOUT - FAIR_TIME
+            spared = 2 * len(reading) < len(exchanges) and reading and reading[0].due > begun
+            rank = {"reading": 3 if spared else 0, "parked": 2}
+            victim = min(exchanges, key=lambda exchange: rank.get(exchange.state, 1))
             victim.answer(error_reply(TOO_MANY[peer], peer))
             victim.close()
 

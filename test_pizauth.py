@@ -5281,7 +5281,6 @@ class ConnectionsTest(Parts):
         peers[0].send(b"x:")
         peers[0].shutdown(socket.SHUT_WR)
         self.pump()  # parked now
-        self.clock.advance(1)
         self.connections.make_room("control")
         self.connections.make_room("browser")
         self.assertEqual(self.open(), 255)
