@@ -56,6 +56,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import zlib
+from functools import partial
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import pizauth
@@ -3083,6 +3084,33 @@ class ProviderFitTest(unittest.TestCase):
         self.assertEqual(world.posts[0].form["client_secret"], "new")
         world.posts.pop().answer(401, error="invalid_client")  # of a secret that is fresh
         self.assertIn("x: No access token; last error", world.status())
+
+    def test_control_replies_are_the_same_with_all_new_options_in_the_file_as_without(self):
+        def replies(extra, options):
+            world = World(account("x", extra) + account("y") + options)
+            secret_command = "client_secret_cmd" in extra
+            told = [world.ask(request) for request in (
+                "info:", "status:", "showtoken:withouturl x", "showtoken:withurl x",
+                "refresh:withurl y", "refresh:withouturl nope", "oops", "status:more", "revoke:y")]
+            world.approve()
+            if secret_command:
+                world.commands.pop().end(0, b"secret")
+            told.append(world.ask("showtoken:withurl x"))
+            world.posts.pop().grant(expires_in=60)
+            told += [world.ask(request) for request in (
+                "showtoken:withurl x", "status:", "refresh:withurl x", "restore:junk")]
+            dump = world.dump()
+            told += [len(dump) > 100, world.ask("revoke:x"), world.restore(dump), world.show()]
+            world.clock.advance(61)
+            told += [world.ask("showtoken:withurl x"), world.ask("showtoken:withurl x")]
+            world.ask("shutdown:")
+            return told
+
+        new = ('client_secret_cmd = "pass"; client_auth = "basic"; issuer = "https://i.example";'
+               ' token_uri_fields = {"audience": "mail"}; revoke_uri = "https://r.example/";'
+               ' expect_user = "me";')
+        with unittest.mock.patch("secrets.token_urlsafe", lambda size: "s" * size):
+            self.assertEqual(replies(new, 'https_cert = "/c"; https_key = "/k";'), replies("", ""))
 
     def test_revoke_tells_the_provider_in_the_background(self):
         for refresh_token, kind in (("rt1", "refresh_token"), (None, "access_token")):
@@ -6923,12 +6951,13 @@ class CommandLineTest(unittest.TestCase):
             (b"ok:5", ""), (b"ok:[[]]", ""),
             (b"ok:" + json.dumps(failed).encode(), "Refreshing x failed: HTTP 400: gone; "),
         ):
-            for command in (("show", "x"), ("show", "-j", "x"), ("refresh", "x")):
-                with self.subTest(status=status, command=command):
-                    self.fails(self.replied([pending, status], *command),
-                               f"{reason}Access token {url}")
-            self.fails(self.replied([b"error:Access token has expired", status], "show", "x"),
-                       f"{reason}Access token has expired")
+            with self.subTest(status=status):
+                self.fails(self.replied([pending, status], "show", "x"),
+                           f"{reason}Access token {url}")
+        for command in (("show", "-j", "x"), ("refresh", "x")):
+            self.fails(self.replied([pending, status], *command), f"{reason}Access token {url}")
+        self.fails(self.replied([b"error:Access token has expired", status], "show", "x"),
+                   f"{reason}Access token has expired")
 
     def test_every_flag_of_show_alone_and_every_pair(self):
         with Daemon(account("work")) as daemon:
@@ -6936,19 +6965,19 @@ class CommandLineTest(unittest.TestCase):
             token = daemon.show()
             flags = {"-u": (), "-w": ("5",), "-l": ("30",), "-j": (), "-x": ("me@example.com",)}
             encoded = base64.b64encode(f"user=me@example.com\1auth=Bearer {token}\1\1".encode())
-            for first, one in flags.items():
-                for second, other in flags.items():
-                    with self.subTest(first=first, second=second):
-                        done = daemon.run("show", first, *one, second, *other, "work")
-                        self.assertEqual((done.returncode, done.stderr), (0, ""))
-                        used, text = {first, second}, done.stdout[:-1]
-                        if "-j" in used:
-                            about = json.loads(text)
-                            self.assertEqual(about["access_token"], token)
-                            self.assertEqual(about.get("xoauth2"),
-                                             encoded.decode() if "-x" in used else None)
-                        else:
-                            self.assertEqual(text, encoded.decode() if "-x" in used else token)
+            for used in itertools.combinations_with_replacement(flags, 2):
+                with self.subTest(used=used):
+                    arguments = [word for flag in used for word in (flag, *flags[flag])]
+                    done = daemon.run("show", *arguments, "work")
+                    self.assertEqual((done.returncode, done.stderr), (0, ""))
+                    text = done.stdout[:-1]
+                    if "-j" in used:
+                        about = json.loads(text)
+                        self.assertEqual(about["access_token"], token)
+                        self.assertEqual(about.get("xoauth2"),
+                                         encoded.decode() if "-x" in used else None)
+                    else:
+                        self.assertEqual(text, encoded.decode() if "-x" in used else token)
             self.assertEqual(daemon.run("show", "work", "-w").stdout, f"{token}\n")
             self.assertEqual(daemon.run("show", "-w", "work").stdout, f"{token}\n")
             self.assertEqual(json.loads(daemon.run("status", "-j").stdout)[0]["state"], "active")
@@ -7848,6 +7877,46 @@ class EndToEndTest(unittest.TestCase):
         self.assertNotIn("Reloaded", daemon.logged())
         self.assertIn("token_refreshed", daemon.logged())
         self.assertFalse(self.holds(os.path.join(daemon.directory, "dump"), before))
+
+    def is_told(self, daemon, text):
+        return text in daemon.ask(b"status:")
+
+    def test_client_secret_cmd_whatever_it_does_costs_no_login_and_tells_no_secret(self):
+        daemon = Daemon(
+            self.provider.account(extra='client_secret_cmd = "sh $HOME/secret";').replace(
+                'client_secret = "hush-hush";', ""), "-vvvv",
+            prelude="pizauth.SECRET_LIMIT = 0.5; pizauth.CODE_RETRY_INTERVAL = 0.2")
+        self.addCleanup(daemon.__exit__)
+
+        def script(text):
+            with open(f"{daemon.directory}/secret", "w", encoding="ascii") as file:
+                file.write(text)
+
+        daemon.start()
+        for text, reason in (
+            ("echo hush-hush; exit 3", "ended with status 3"), ("exit 0", "printed nothing"),
+            ("echo hush-hush; sleep 60", "was killed after 0.5 s"),
+            ("yes hush-hush | tr -d '\\n'", "ended with status 141"),
+            ("yes hush-hush | tr -d '\\n' | head -c 999999", "printed a first line that is too"),
+            ("sleep 60 & echo hush-hush; echo user: me", None),
+        ):
+            with self.subTest(text=text):
+                script(text)
+                daemon.ask(b"reload:")  # which forgets the secret
+                visiting = threading.Thread(target=daemon.visit)
+                visiting.start()
+                told = f"client_secret_cmd {reason}".encode()
+                if reason is not None:
+                    self.assertTrue(until(partial(self.is_told, daemon, told)), told)
+                    script("echo hush-hush")
+                visiting.join()
+                self.assertRegex(daemon.ask(b"showtoken:withurl work"), b"^access_token:at-")
+                daemon.ask(b"revoke:work")
+        listed = subprocess.run(["ps", "-axww", "-o", "args="], stdout=subprocess.PIPE, text=True)
+        self.assertNotIn("hush-hush", listed.stdout.replace("yes hush-hush", ""))
+        with open(daemon.log, encoding="utf-8") as log:
+            self.assertNotIn("hush-hush", log.read())
+        self.assertNotIn(b"hush-hush", daemon.ask(b"dump:") + daemon.ask(b"status:json"))
 
     def test_import_reads_the_token_from_standard_input(self):
         daemon = self.start(self.provider.account())
