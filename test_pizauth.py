@@ -35,9 +35,11 @@ import os
 import random
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import statistics
 import struct
@@ -8730,6 +8732,283 @@ class AuthlibTest(unittest.TestCase):
         self.assertNotEqual(first, second)
         visit(second)
         self.assertTrue(until(daemon.show))
+
+
+# ---- Mail programs ----
+
+
+class MailProvider(Provider):
+    """Remembers the access tokens that it has issued, for the mail servers to know."""
+
+    def __init__(self):
+        super().__init__()
+        self.issued = []
+
+    def token(self, form):
+        status, answer = super().token(form)
+        if status == 200:
+            self.issued.append(answer["access_token"])
+        return status, answer
+
+
+class MailServer(socketserver.ThreadingTCPServer):
+    """A server of a MailHandler's kind on loopback, without TLS. It remembers who tried to log in,
+    as mechanism, user and token, and the mails that it took."""
+
+    daemon_threads = True
+
+    def __init__(self, handler, provider):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.port, self.provider = self.server_address[1], provider
+        self.logins, self.mails = [], []
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+
+class MailHandler(socketserver.StreamRequestHandler):
+    """What IMAP and SMTP have in common. A refusal comes without the challenge that real servers
+    send first, after which mbsync 1.4 waits for ever."""
+
+    timeout = 10
+
+    def handle(self):
+        with contextlib.suppress(OSError):
+            self.serve()
+
+    def line(self):
+        """The next line from the client; ConnectionError where it ends."""
+        if not (line := self.rfile.readline()):
+            raise ConnectionError
+        return line.decode().rstrip("\r\n")
+
+    def say(self, *lines):
+        self.wfile.write("".join(f"{line}\r\n" for line in lines).encode())
+
+    def knows(self, mechanism, response="", challenge=""):
+        """Is this response, or that to a challenge, of our user, and with the newest token?"""
+        if not response:
+            self.say(challenge)
+            response = self.line()
+        form = {
+            "XOAUTH2": "user=(.*)\x01auth=Bearer (.*)\x01\x01",
+            "OAUTHBEARER": "n,a=(.*),\x01(?:host=.*\x01port=.*\x01)?auth=Bearer (.*)\x01\x01"}
+        found = re.fullmatch(form[mechanism], base64.b64decode(response, validate=True).decode())
+        self.server.logins.append((mechanism, *found.groups()))
+        return found.groups() == (MailTest.USER, self.server.provider.issued[-1])
+
+
+class SmtpHandler(MailHandler):
+    def serve(self):
+        self.say("220 localhost ESMTP")
+        known = False
+        while True:
+            verb, *words = self.line().split(" ")
+            verb = verb.upper()
+            if verb == "EHLO":
+                self.say("250-localhost", "250 AUTH XOAUTH2 OAUTHBEARER")
+            elif verb == "AUTH":
+                known = self.knows(*words, challenge="334 ")
+                self.say("235 welcome" if known else "535 5.7.8 not welcome")
+            elif verb == "QUIT":
+                return self.say("221 bye")
+            elif not known:
+                self.say("530 5.7.0 log in first")
+            elif verb == "DATA":
+                self.say("354 go on")
+                self.server.mails.append("\n".join(iter(self.line, ".")))
+                self.say("250 taken")
+            else:
+                self.say("250 well")
+
+
+class ImapHandler(MailHandler):
+    """A mailbox that always holds one mail."""
+
+    MAIL = "Subject: greetings\r\n\r\nSee you.\r\n"
+
+    def serve(self):
+        self.say("* OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=XOAUTH2] ready")
+        known = False
+        while True:
+            tag, verb, *words = self.line().split(" ")
+            if verb == "AUTHENTICATE":
+                known = self.knows(*words, challenge="+ ")
+            elif verb == "CAPABILITY":
+                self.say("* CAPABILITY IMAP4rev1 SASL-IR AUTH=XOAUTH2")
+            elif verb == "LOGOUT":
+                return self.say("* BYE bye", f"{tag} OK done")
+            elif verb in ("SELECT", "EXAMINE"):
+                self.say("* FLAGS ()", "* 1 EXISTS", "* OK [UIDVALIDITY 7] x", "* OK [UIDNEXT 2] x")
+            elif "BODY" in words[-1]:
+                self.say(f"* 1 FETCH (UID 1 FLAGS () BODY[] {{{len(self.MAIL)}}}", f"{self.MAIL})")
+            else:
+                self.say("* 1 FETCH (UID 1 FLAGS ())")
+            if not known and verb != "CAPABILITY":
+                return self.say(f"{tag} NO not welcome")
+            self.say(f"{tag} OK done")
+
+
+# Sends a mail by Python's own SMTP, which has no XOAUTH2 and takes the response as it is printed.
+READY_SENDER = """
+import smtplib, subprocess, sys
+shown = subprocess.run(["pizauth", "show", "-x", sys.argv[2], "work"],
+                       stdout=subprocess.PIPE, text=True)
+if shown.returncode:
+    sys.exit("no mail sent")
+with smtplib.SMTP("127.0.0.1", int(sys.argv[1]), timeout=10) as smtp:
+    smtp.ehlo()
+    smtp.docmd("AUTH", "XOAUTH2 " + shown.stdout.rstrip("\\n"))
+    smtp.sendmail(sys.argv[2], "you@example.net", sys.stdin.read())
+"""
+
+
+class MailTest(unittest.TestCase):
+    """The README's recipes, with the mail programs that they are for, and pizauth in the PATH."""
+
+    USER = "me@example.com"
+
+    def setUp(self):
+        self.provider = MailProvider()
+        self.addCleanup(self.provider.close)
+        self.daemon = Daemon(self.provider.account())
+        self.addCleanup(self.daemon.__exit__)
+        self.daemon.start()
+        programs = os.path.join(self.daemon.directory, "bin")
+        os.mkdir(programs)
+        self.write("bin/pizauth", f'#!/bin/sh\nexec {shlex.join(CACHED)} "$@"\n')
+        self.daemon.environment.update(PATH=f"{programs}:{os.environ['PATH']}", LC_ALL="C")
+
+    def write(self, name, text):
+        path = os.path.join(self.daemon.directory, name)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(path, 0o700)
+
+    def recipe(self, program):
+        """What the README has to be written into the configuration of a program."""
+        with open(os.path.join(HERE, "README"), encoding="utf-8") as file:
+            return re.search(rf"(?s)\n   {program}, .*?:\n\n(.*?\n)\n", file.read())[1]
+
+    def server(self, handler):
+        server = MailServer(handler, self.provider)
+        self.addCleanup(server.close)
+        return server
+
+    def run_program(self, *command, text=""):
+        """Run a program without a terminal of its own. At the limit its children end with it."""
+        with subprocess.Popen(
+                command, env=self.daemon.environment, cwd=self.daemon.directory, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                start_new_session=True) as process:
+            try:
+                output, errors = process.communicate(text, 10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+    def msmtp(self, mechanism="xoauth2"):
+        """A server, and what sends a mail there with msmtp."""
+        server = self.server(SmtpHandler)
+        recipe = self.recipe("msmtp").replace("xoauth2", mechanism)
+        self.write(".msmtprc", "account default\nhost 127.0.0.1\ntls off\n"
+                   f"port {server.port}\nfrom {self.USER}\n{recipe}")
+        return server, lambda: self.run_program("msmtp", "you@example.net", text="\nHello.\n")
+
+    def mbsync(self):
+        """A server, and what fetches a mail from there with mbsync."""
+        server = self.server(ImapHandler)
+        version = re.search(r"(\d+)\.(\d+)", self.run_program("mbsync", "--version").stdout)
+        tls = "TLSType" if tuple(map(int, version.groups())) >= (1, 5) else "SSLType"
+        self.write(".mbsyncrc", "\n".join((
+            f"IMAPAccount work\nHost 127.0.0.1\nPort {server.port}\n{tls} None",
+            self.recipe("mbsync"), "IMAPStore far\nAccount work\n",
+            "MaildirStore near\nPath ~/\nInbox ~/Mail\n",
+            "Channel all\nFar :far:\nNear :near:\nSync Pull\nSyncState *\n")))
+
+        def fetch():
+            done = self.run_program("mbsync", "--all")
+            if "SASL mechanism(s) not available" in done.stderr:
+                self.skipTest("mbsync finds no SASL module for XOAUTH2")
+            return done
+
+        return server, fetch
+
+    def ready(self):
+        """A server, and what sends a mail there with a ready response."""
+        server = self.server(SmtpHandler)
+        return server, lambda: self.run_program(
+            sys.executable, "-c", READY_SENDER, str(server.port), self.USER, text="\nHello.\n")
+
+    def check_login(self, server, run, mechanism="XOAUTH2"):
+        """With a token, a program logs in with just that, and pizauth is silent."""
+        self.assertEqual(self.daemon.visit()[0], 200)
+        done = run()
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(len(self.provider.issued), 1)
+        self.assertEqual(server.logins, [(mechanism, self.USER, self.provider.issued[0])])
+        self.assertNotRegex(done.stderr, "(ERROR|WARNING) - ")
+
+    def check_lost_login(self, server, run):
+        """When the login is lost, the program's user is told why, and then the way back."""
+        self.assertEqual(self.daemon.visit()[0], 200)
+        self.provider.refresh_tokens.clear()
+        self.assertEqual(self.daemon.run("refresh", "work").returncode, 0)
+        self.assertTrue(until(lambda: b"last error" in self.daemon.ask(b"status:")))
+        done = run()
+        self.assertNotEqual(done.returncode, 0)
+        self.assertEqual((server.logins, server.mails), ([], []))
+        told = [line for line in done.stderr.splitlines() if "ERROR" in line]
+        self.assertEqual(len(told), 1, done.stderr)
+        self.assertTrue(told[0].startswith(
+            "ERROR - Refreshing work failed: HTTP 400: invalid_grant: unknown refresh token."
+            f" {ENDED}; Access token unavailable until authorised with URL http://"), told[0])
+        self.assertEqual(visit(told[0].split()[-1])[0], 200)
+        done = run()
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(len(self.provider.issued), 2)
+        self.assertEqual(server.logins, [("XOAUTH2", self.USER, self.provider.issued[1])])
+
+    @unittest.skipUnless(shutil.which("msmtp"), "there is no msmtp")
+    def test_msmtp_sends_a_mail_with_the_token(self):
+        server, send = self.msmtp()
+        self.check_login(server, send)
+        self.assertEqual(len(server.mails), 1)
+        self.assertIn("\n\nHello.", server.mails[0])
+
+    @unittest.skipUnless(shutil.which("msmtp"), "there is no msmtp")
+    def test_msmtp_sends_a_mail_with_the_newer_mechanism(self):
+        server, send = self.msmtp("oauthbearer")
+        self.check_login(server, send, "OAUTHBEARER")
+        self.assertEqual(len(server.mails), 1)
+
+    @unittest.skipUnless(shutil.which("msmtp"), "there is no msmtp")
+    def test_msmtp_tells_why_the_login_was_lost_and_where_to_log_in(self):
+        self.check_lost_login(*self.msmtp())
+
+    @unittest.skipUnless(shutil.which("mbsync"), "there is no mbsync")
+    def test_mbsync_fetches_a_mail_with_the_token(self):
+        self.check_login(*self.mbsync())
+        new = os.path.join(self.daemon.directory, "Mail", "new")
+        self.assertEqual(len(os.listdir(new)), 1)
+        with open(os.path.join(new, os.listdir(new)[0]), encoding="ascii") as file:
+            mail = re.sub("(?m)^X-TUID: .*\n", "", file.read())  # mbsync's own line
+        self.assertEqual(mail, ImapHandler.MAIL.replace("\r", ""))
+
+    @unittest.skipUnless(shutil.which("mbsync"), "there is no mbsync")
+    def test_mbsync_tells_why_the_login_was_lost_and_where_to_log_in(self):
+        self.check_lost_login(*self.mbsync())
+
+    def test_a_ready_response_sends_a_mail(self):
+        server, send = self.ready()
+        self.check_login(server, send)
+        self.assertEqual(len(server.mails), 1)
+
+    def test_a_ready_response_is_not_printed_when_the_login_was_lost(self):
+        self.check_lost_login(*self.ready())
 
 
 # ---- Demonstration ----
