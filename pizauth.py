@@ -3994,7 +3994,7 @@ def account_block(issuer: str, metadata: dict[str, Any]) -> str:
     lines = [f"{option} = {json.dumps(uri)};" for option, uri in (*uris.items(), ("issuer", found))]
     if "auth_uri" in uris and "device_auth_uri" in uris:
         lines[1] = f"// {lines[1]}  // logs in with a code instead"
-    methods = metadata.get("token_endpoint_auth_methods_supported")
+    methods = metadata.get("token_endpoint_auth_methods_supported", ["client_secret_basic"])
     if isinstance(methods, list) and "client_secret_post" not in methods:
         lines += ['client_auth = "basic";'] if "client_secret_basic" in methods else []
     scopes = metadata.get("scopes_supported")

@@ -7119,6 +7119,7 @@ account "login.example.com" {
     token_uri = "https://login.example.com/tenant/token";
     revoke_uri = "https://login.example.com/tenant/revoke";
     issuer = "https://login.example.com/tenant";
+    client_auth = "basic";
     client_id = "";  // fill in what the provider gave you for your client
     // scopes = ["openid", "offline_access"];  // choose from these, and add those for mail
     redirect_uri = "http://localhost/";
@@ -7130,6 +7131,17 @@ account "login.example.com" {
         found = self.parsed(block.replace("// device", "device").replace("// scopes", "scopes"))
         self.assertEqual((found.device_auth_uri, found.scopes),
                          (f"{ISSUER}/device", ("openid", "offline_access")))
+
+    def test_basic_is_printed_only_where_post_is_not_offered(self):
+        for methods, client_auth in (
+            (["client_secret_basic"], "basic"), (["client_secret_post"], "post"),
+            (["client_secret_basic", "client_secret_post"], "post"), (["none"], "post"),
+            ([], "post"), (None, "post"), ("client_secret_basic", "post"),
+        ):
+            with self.subTest(methods=methods):
+                block = self.block(token_endpoint_auth_methods_supported=methods)
+                self.assertEqual(self.parsed(block).client_auth, client_auth)
+        self.assertEqual(self.parsed(self.block()).client_auth, "basic")  # the default
 
     def test_a_provider_that_knows_only_the_device_login(self):
         found = self.parsed(self.block(authorization_endpoint=None, scopes_supported=None))
@@ -7159,7 +7171,7 @@ account "login.example.com" {
             with self.subTest(name=name, value=str(value)[:99]):
                 block = self.block(**{name: value})
                 self.assertRegex(block, r"\A[ -~\n]+\Z")
-                self.assertEqual(len(block.splitlines()), 10)
+                self.assertEqual(len(block.splitlines()), 11)
                 self.assertLess(set(usual[:-1]), set(block.splitlines()))
                 self.parsed(block)
                 uri = self.parsed(block.replace("// device", "device")).token_uri
@@ -8936,6 +8948,12 @@ class AuthlibFitTest(unittest.TestCase):
     def test_and_so_it_does_where_the_secret_has_to_be_in_a_header(self):
         self.logs_in_as_discovered(
             self.provider(auth_method="client_secret_basic", sends_issuer=True))
+
+    def test_a_provider_that_names_no_authentication_method_takes_the_header(self):
+        """RFC 8414, section 2, and OpenID Connect Discovery 1.0, section 3, have this default."""
+        provider = self.provider(auth_method="client_secret_basic", sends_issuer=True)
+        del provider.metadata["token_endpoint_auth_methods_supported"]
+        self.logs_in_as_discovered(provider)
 
     def logs_in_as_discovered(self, provider):
         """Discover, fill in the client, log in, refresh and revoke."""
