@@ -9893,13 +9893,14 @@ for server in servers[1:]:
     threading.Thread(target=server.serve_forever).start()
 servers[0].serve_forever()
 """
-HTTPS = account("secure", 'redirect_uri = "https://localhost/";')
+HTTPS = secure(account("secure", 'redirect_uri = "https://localhost/";'))
 
 
 def accounts(count, ports=(1,)):
     """A configuration of so many accounts, their token endpoints on these ports in turn."""
     return "refresh_before_expiry = 1h;\n" + "".join(
         account(f"a{number}").replace("t.example", f"127.0.0.1:{ports[number % len(ports)]}")
+        .replace("http://a.example", "https://a.example")
         for number in range(count))
 
 
