@@ -142,18 +142,9 @@ class BadRequest(PizauthError):
 
 class TokenError(PizauthError):
     """The token endpoint gave no token. The text is cut to 500 printable characters; `error` is the
-    provider's error code (RFC 6749 5.2), if it gave one; for `cause` see TransientError."""
+    provider's error code (RFC 6749 5.2), if it gave one; `retry_after` is in seconds. `cause` is
 
-    cause, retry_after = "refused", 0.0
-
-    def __init__(self, text: str, error: str = "") -> None:
-        super().__init__(printable(text)[:500])
-        self.error = error
-
-
-class TransientError(TokenError):
-    """Worth retrying; `retry_after` is in seconds. `cause` is one of
-
+    refused       the provider says so, in the words of RFC 6749 5.2; the others are worth retrying
     outage        no answer or secret, HTTP 408, 425, 429, 5xx: only then is an exchange retried
     passing       an error that passes by its name, or a login page of the network
     unexplained   HTTP 400 or 401 with JSON that is no OAuth error
@@ -161,12 +152,8 @@ class TransientError(TokenError):
     """
 
     def __init__(self, text: str, cause: str, retry_after: float = 0, error: str = "") -> None:
-        super().__init__(text, error)
-        self.cause, self.retry_after = cause, retry_after
-
-
-class PermanentError(TokenError):
-    """The authorization server refused, in the words of RFC 6749 5.2."""
+        super().__init__(printable(text)[:500])
+        self.cause, self.retry_after, self.error = cause, retry_after, error
 
 
 @dataclass_transform(kw_only_default=True)
@@ -872,7 +859,7 @@ def authenticated(account: Account, form: Form, secret: str | None) -> tuple[For
 
 
 def printed_secret(status: int | None, output: bytes) -> str:
-    """The first line that client_secret_cmd printed. Raises TransientError, without the output."""
+    """The first line that client_secret_cmd printed. Raises TokenError, without the output."""
     line = output.partition(b"\n")[0].decode("utf-8", "replace").rstrip("\r")
     how = (f"was killed after {SECRET_LIMIT} s" if status is None else
            f"ended with status {status}" if status else
@@ -880,7 +867,7 @@ def printed_secret(status: int | None, output: bytes) -> str:
            "" if line.isprintable() and len(line) <= SECRET_LENGTH else
            "printed a first line that is too long, or not printable")
     if how:
-        raise TransientError(f"client_secret_cmd {how}", "outage")
+        raise TokenError(f"client_secret_cmd {how}", "outage")
     return line
 
 
@@ -918,18 +905,18 @@ def outcome_bytes(status: int, retry_after: float, whole: bool, body: bytes,
 def judged(outcome: bytes, form: Form, read: Callable[[dict[str, Any]], Answered],
            option: str = "token_uri") -> Answered:
     """What read() makes of the fields of a good answer of an option's endpoint; read() raises
-    ValueError. Raises TransientError or PermanentError, without secrets of the form."""
+    ValueError. Raises TokenError, without secrets of the form."""
     head, _, body = outcome.partition(b"\n")
     number, delay, whole, trouble = head.decode("utf-8", "replace").split(" ", 3)
     status, retry_after = int(number), min(float(delay), RETRY_AFTER_LIMIT)
     if not status:
         reason = without_secrets(body.decode("utf-8", "replace"), form)
-        raise TransientError(reason, "outage")
+        raise TokenError(reason, "outage")
     answer = json_object(body)
     error, words = provider_words(answer or {}, status)
     message = f"HTTP {status}" + (f": {without_secrets(words, form)}" if words else "")
     if status in (408, 425, 429) or status >= 500:
-        raise TransientError(message, "outage", retry_after, error)
+        raise TokenError(message, "outage", retry_after, error)
     fault = ""
     if 200 <= status < 300:
         fields = form_fields(body, whole == "1") if answer is None else answer
@@ -938,20 +925,20 @@ def judged(outcome: bytes, form: Form, read: Callable[[dict[str, Any]], Answered
         except ValueError as reason:
             fault = "" if fields is None or trouble else str(reason)
     message = advised(message)
-    if is_visible_ascii(error) and error not in PASSING_ERRORS:
-        raise PermanentError(message, error)
     cause, guess = cause_and_guess(status, error, answer, fault, trouble, option)
     if guess and (status < 400 or not words):
         message += f", but {without_secrets(guess, form)}"
-    raise TransientError(message, cause, retry_after, error)
+    raise TokenError(message, cause, retry_after, error)
 
 
 def cause_and_guess(status: int, error: str, answer: dict[str, Any] | None, fault: str,
                     trouble: str, option: str) -> tuple[str, str]:
-    """The cause of the TransientError that an answer leads to, and what to tell the person. `fault`
+    """The cause of the TokenError that an answer leads to, and what to tell the person. `fault`
     is what is wrong with the fields of a 2xx answer; for `trouble` see outcome_bytes()."""
     if error in PASSING_ERRORS:
         return "passing", ""
+    if is_visible_ascii(error):
+        return "refused", ""
     if 300 <= status < 400 or status < 400 and not fault and not trouble:
         return "passing", (f"{trouble or 'no OAuth answer'}: is {option} right, or is it a login"
                            " page of the network?")
@@ -1833,7 +1820,7 @@ class Authenticator:
         if not login.fault:
             login.gap = max(login.interval, error.retry_after)
             self._errors.pop(name, None)
-        elif isinstance(error, TransientError):
+        elif error.cause != "refused":
             login.gap = max(login.interval, min(2 * login.gap, LONGEST_GAP), error.retry_after)
             message = f"Authentication for {name} failed, and will be tried again: {error}"
             self._failed(name, message, INFO)
@@ -1870,7 +1857,7 @@ class Authenticator:
         """Handle the end of client_secret_cmd: go on with the request."""
         try:
             self._secrets[name] = printed_secret(status, output)
-        except TransientError as error:
+        except TokenError as error:
             self._REQUESTS[what][-1](self, name, old, error)
         else:
             self._ask(what, name, old, form, fresh=True)
@@ -1884,7 +1871,7 @@ class Authenticator:
         except TokenError as error:
             if (error.error == "invalid_client" and not fresh
                     and self._secrets.pop(name, None) is not None):  # it may have been renewed
-                error = TransientError(str(error), "outage")
+                error = TokenError(str(error), "outage")
             failed(self, name, old, error)
         else:
             good(self, name, old, response)
@@ -1935,7 +1922,7 @@ class Authenticator:
             token_uri.startswith("https:") or is_loopback(token_uri))
         token.unexplained = token.unexplained + 1 if refused else 0
         dropped = token.unexplained >= UNEXPLAINED_LIMIT and token.expires_at <= now
-        if dropped or isinstance(error, PermanentError):
+        if dropped or error.cause == "refused":
             self._login_failed(name, "token_invalidated", f"Refreshing {name} failed: {error}")
             return
         token.last_fault = str(error) if error.cause in ("unexplained", "odd") else ""

@@ -267,6 +267,19 @@ def token_response(outcome, form):
     return pizauth.judged(outcome, form, pizauth.good_answer)
 
 
+@contextlib.contextmanager
+def transient_error(test, said="", refused=False):
+    """Expect a TokenError with this text that is worth retrying."""
+    with test.assertRaisesRegex(pizauth.TokenError, said) as caught:
+        yield caught
+    test.assertEqual(caught.exception.cause == "refused", refused)
+
+
+def refusal(test, said=""):
+    """Expect the TokenError of a provider that refuses."""
+    return transient_error(test, said, True)
+
+
 def secure(text):
     """A configuration with https: for http:."""
     return text.replace("http:", "https:")
@@ -1257,7 +1270,7 @@ class MessagesTest(unittest.TestCase):
         ):
             with self.subTest(status=status, body=str(body)[:60]):
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
-                with self.assertRaises(pizauth.TransientError) as caught:
+                with transient_error(self) as caught:
                     token_response(pizauth.outcome_bytes(status, 0, True, data), [])
                 self.assertEqual(caught.exception.cause, cause)
                 if message is not None:
@@ -1269,7 +1282,7 @@ class MessagesTest(unittest.TestCase):
             outcome = pizauth.outcome_bytes(status, 0, True, body, "here\n\x1b/rt%2F1 \u00e9")
             said = "but here/[.]{3} é" + (": is token_uri right, or" if status == 302 else "$")
             with self.subTest(status=status), \
-                    self.assertRaisesRegex(pizauth.TransientError, said) as caught:
+                    transient_error(self, said) as caught:
                 token_response(outcome, [("refresh_token", "rt/1")])
             self.assertEqual(caught.exception.cause, cause)
 
@@ -1277,7 +1290,7 @@ class MessagesTest(unittest.TestCase):
         trouble = "its Content-Encoding is br, which was not asked for"
         good = pizauth.outcome_bytes(200, 0, True, b'{"access_token": "t"}', trouble)
         self.assertEqual(token_response(good, []).access_token, "t")
-        with self.assertRaises(pizauth.PermanentError):
+        with refusal(self):
             token_response(
                 pizauth.outcome_bytes(400, 0, True, b'{"error": "invalid_grant"}', trouble), [])
 
@@ -1293,9 +1306,9 @@ class MessagesTest(unittest.TestCase):
         for body in (b'{"error": "invalid_grant", "error_description": "jet\xf3n caducado"}',
                      b'{"error": "invalid_grant", "\xe9": "\xff"}'):
             with self.subTest(body=body), \
-                    self.assertRaisesRegex(pizauth.PermanentError, "^HTTP 400: invalid_grant"):
+                    refusal(self, "^HTTP 400: invalid_grant"):
                 self.judge(body, 400)
-        with self.assertRaises(pizauth.TransientError):
+        with transient_error(self):
             self.judge(b'{"access_token": "t\xe9"}')
 
     def test_a_body_is_unpacked_from_what_nobody_asked_for(self):
@@ -1357,27 +1370,27 @@ class MessagesTest(unittest.TestCase):
                 self.assertNotIn("hush", str(caught.exception))
 
     def test_a_form_of_unknown_length_may_be_cut_short_and_is_refused(self):
-        with self.assertRaises(pizauth.TransientError):
+        with transient_error(self):
             self.judge(b"access_token=t", whole=False)
 
     def test_outages_are_transient_whatever_the_body_says(self):
         for status in (408, 425, 429, 500, 502, 503, 504, 599):
-            with self.subTest(status=status), self.assertRaises(pizauth.TransientError) as caught:
+            with self.subTest(status=status), transient_error(self) as caught:
                 self.judge({"error": "invalid_grant"}, status, retry_after=7)
             self.assertEqual(
                 (caught.exception.cause, caught.exception.retry_after), ("outage", 7))
-        with self.assertRaises(pizauth.TransientError) as caught:
+        with transient_error(self) as caught:
             self.judge(b"no answer from h: timed out", 0)
         self.assertEqual(
             (str(caught.exception), caught.exception.cause),
             ("no answer from h: timed out", "outage"))
-        with self.assertRaises(pizauth.TransientError) as caught:
+        with transient_error(self) as caught:
             self.judge({}, 503, retry_after=float("inf"))
         self.assertEqual(caught.exception.retry_after, 3600)
 
     def test_an_oauth_error_is_permanent_whatever_the_status_is_otherwise(self):
         for status in (200, 400, 401, 403, 302):
-            with self.subTest(status=status), self.assertRaises(pizauth.PermanentError) as caught:
+            with self.subTest(status=status), refusal(self) as caught:
                 self.judge(
                     {"error": "invalid_grant", "error_description": "Token\x07 was\nrevoked."},
                     status)
@@ -1484,13 +1497,13 @@ class MessagesTest(unittest.TestCase):
             self.assertIn(". The login was not used", pizauth.advised(words))
 
     def test_an_outage_gets_no_advice_to_log_in_again(self):
-        with self.assertRaises(pizauth.TransientError) as caught:
+        with transient_error(self) as caught:
             self.judge({"error": "invalid_grant"}, 503)
         self.assertEqual(str(caught.exception), "HTTP 503: invalid_grant")
 
     def test_the_words_of_an_error_are_cut_and_not_the_advice(self):
         for words in (("AADSTS700082: late. " + "x" * 999), "AADSTS700082: late." + TRACE * 9):
-            with self.assertRaises(pizauth.PermanentError) as caught:
+            with refusal(self) as caught:
                 self.judge({"error": "invalid_grant", "error_description": words}, 400)
             self.assertRegex(str(caught.exception), "^HTTP 400: invalid_grant: AADSTS700082: late. "
                              ".*[.] The login was not used for too long .*: log in again$")
@@ -1527,7 +1540,7 @@ class MessagesTest(unittest.TestCase):
     def test_errors_below_http_are_reported_shortly_and_without_secrets(self):
         form = {"refresh_token": "rt1", "client_secret": "rt1-and-more"}
         text = b"no answer: \x1b[2J r\1t1 rt1-and-more \xff" + b"x" * 60_000
-        with self.assertRaises(pizauth.TransientError) as caught:
+        with transient_error(self) as caught:
             self.judge(text, 0, form=form)
         message = str(caught.exception)
         self.assertTrue(message.startswith("no answer: [2J ... ... \ufffdxx"), message[:60])
@@ -1535,7 +1548,7 @@ class MessagesTest(unittest.TestCase):
 
     def test_retry_after_counts_whatever_the_answer_was(self):
         for body, status in (({"error": "slow_down"}, 400), (b"<html>", 403), ({}, 503)):
-            with self.assertRaises(pizauth.TransientError) as caught:
+            with transient_error(self) as caught:
                 self.judge(body, status, retry_after=120)
             self.assertEqual(caught.exception.retry_after, 120)
 
@@ -5687,7 +5700,7 @@ class RequestQueueTest(Parts):
             self.post()
             self.start_all()
             self.end(self.running()[0], status, output)
-            with self.assertRaises(pizauth.TransientError) as caught:
+            with transient_error(self) as caught:
                 token_response(self.requests.pop(), [])
             self.assertEqual(
                 (str(caught.exception), caught.exception.cause), (reason, "outage"))
@@ -5696,7 +5709,7 @@ class RequestQueueTest(Parts):
         self.clock.advance(30)
         with unittest.mock.patch("os.kill"):
             self.run_due()
-        with self.assertRaisesRegex(pizauth.TransientError, "^no answer from h within 30 s$"):
+        with transient_error(self, "^no answer from h within 30 s$"):
             token_response(self.requests.pop(), [])
 
 
@@ -8793,7 +8806,7 @@ class AuthlibTest(unittest.TestCase):
         used = issued[0].refresh_token  # which the provider does not take again
         form = [*AUTHLIB_CLIENT.items(), ("grant_type", "refresh_token"), ("refresh_token", used)]
         outcome = pizauth.fetch(self.provider.url + "/token", form)
-        with self.assertRaisesRegex(pizauth.PermanentError, "^HTTP 400: invalid_grant"):
+        with refusal(self, "^HTTP 400: invalid_grant"):
             token_response(outcome, form)
 
     def device_daemon(self, options=""):
