@@ -3636,6 +3636,7 @@ class Server:
         """Take a configuration, all or nothing; without a certificate `no_https` says why."""
         wanted = [(scheme, group) for scheme in ("http", "https")
                   for group in config.addresses(scheme)]
+        bound: dict[Place, list[socket.socket]] = {}
         try:
             if certificate is None and config.addresses("https"):
                 if account := config.https_account():
@@ -3643,27 +3644,16 @@ class Server:
                                        f" but {no_https}")
                 wanted = [place for place in wanted if place[0] == "http"]
                 self.warn(f"https_listen is ignored: {no_https}")
-            bound = self.bind_redirects(config, wanted)
+            wanted = [self._bind(config, place, bound) for place in wanted]
         except PizauthError as error:
+            for sock in sum(bound.values(), []):
+                sock.close()
             then(error)
             return
         self.certificate = certificate
         self.authenticator.about_https = certificate[1] if certificate else {}
         self.authenticator.reconfigure(config, self.swap_listeners(wanted, bound))
         then(None)
-
-    def bind_redirects(self, config: Config,
-                       wanted: list[Place]) -> dict[Place, list[socket.socket]]:
-        """Sockets for the listeners that are wanted and not there: all of them, or PizauthError."""
-        bound: dict[Place, list[socket.socket]] = {}
-        try:
-            for at, place in enumerate(wanted):
-                wanted[at] = self._bind(config, place, bound)
-        except PizauthError:
-            for sock in sum(bound.values(), []):
-                sock.close()
-            raise
-        return bound
 
     def _bind(self, config: Config, place: Place, bound: dict[Place, list[socket.socket]]) -> Place:
         """Bind a place, if it is not; where a redirect_uri's port is taken, another one instead."""
