@@ -1352,7 +1352,6 @@ class Active(Record):
     expires_at: float
     refresh_token: str | None
     state: str = ""  # of the redirect that this login came by
-    not_before: float = 0  # when the next refresh may start, whoever asks for it
     wanted: bool = False  # a refresh was asked for that could not start at once
     cancel: Cancel | None = None  # set while a refresh runs, or transient_error_if_cmd
     judging: bool = False  # while transient_error_if_cmd runs
@@ -1370,7 +1369,7 @@ class Active(Record):
         if self.refresh_token is None:
             yield self.expires_at, "expire"
         elif self.cancel is None:
-            yield max(self.not_before, self.refresh_due(account)), "refresh"
+            yield self.refresh_due(account), "refresh"
             if self.last_fault and not self.fault_told:
                 yield self.expires_at, "tell of fault"
 
@@ -1647,11 +1646,10 @@ class Authenticator:
         self._tokens: dict[str, Token | None] = dict.fromkeys(config.accounts)
         self._waiters: list[Waiter] = []
         self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
-        self._not_before: dict[str, float] = {}  # when an account's next refresh may start
+        # When an act may next be done for an account, whatever has become of its token.
+        self._not_before: dict[tuple[str, str], float] = {}
         self._secrets: dict[str, str] = {}  # what client_secret_cmd has printed for an account
         self._issuers: set[str] = set()  # those that are known to send `iss`
-        self._asked: dict[str, float] = {}  # when an account last asked for a device code
-        self._notified: dict[str, float] = {}  # when an account's person was last notified
         self.events: list[tuple[str, str]] = []  # for token_event_cmd, which runs for the first
         self._deadline: float | None = None  # None: not known
 
@@ -1684,7 +1682,7 @@ class Authenticator:
         for name, token in self._tokens.items():
             if token is not None:
                 for moment, act in token.appointments(self.config.accounts[name]):
-                    yield moment, act, name, token
+                    yield max(moment, self._not_before.get((act, name), 0)), act, name, token
 
     def _forget_deadline(self) -> None:
         """Forget the cached deadline, after any change to an appointment or to the waiters."""
@@ -1696,8 +1694,6 @@ class Authenticator:
         """Change an account's state; nothing else does. `told`: why waiting peers get no token."""
         old = self._tokens[name]
         self._tokens[name] = token
-        if isinstance(token, Active):
-            token.not_before = self._not_before.get(name, 0)
         self._forget_deadline()
         state = "no token" if not token else "active" if isinstance(token, Active) else "pending"
         self._log(INFO, f"{name}: {state}" + (f" ({event})" if event else ""))
@@ -1733,7 +1729,7 @@ class Authenticator:
     def _request_authorization(self, account: Account) -> Pending:
         """Begin a fresh login; the person is notified once there is a URL."""
         if account.device_auth_uri is not None:
-            at = self._asked.get(account.name, -DEVICE_GAP) + DEVICE_GAP
+            at = self._not_before.get(("proceed", account.name), 0)
             login = DeviceLogin(remind_at=FOR_EVER, form=device_request(account), retry_at=at)
             self._replace(account.name, login, None, SUPERSEDED)
             if at <= self._clock.now():
@@ -1742,14 +1738,10 @@ class Authenticator:
         state, code_verifier = secrets.token_urlsafe(32), secrets.token_urlsafe(64)
         redirect_uri = self._redirect_uri(account)
         url = authorization_request(account, state, code_verifier, redirect_uri)
-        pending = RedirectLogin(url=url, remind_at=self._notify_at(account.name), state=state,
+        pending = RedirectLogin(url=url, remind_at=self._clock.now(), state=state,
                                 code_verifier=code_verifier, redirect_uri=redirect_uri)
         self._replace(account.name, pending, None, SUPERSEDED)
         return pending
-
-    def _notify_at(self, name: str) -> float:
-        """When the person may be notified of a fresh login."""
-        return max(self._clock.now(), self._notified.get(name, 0) + REMINDER_GAP)
 
     def _redirect_uri(self, account: Account) -> str:
         """The account's redirect URI, with the port of our listener (RFC 8252 7.3)."""
@@ -1763,7 +1755,7 @@ class Authenticator:
         self._forget_deadline()
         if pending.notifying:
             return
-        pending.notified_at = self._notified[name] = now
+        pending.notified_at, self._not_before["remind", name] = now, now + REMINDER_GAP
         if self.config.auth_notify_cmd is not None:
             pending.notifying = True
             variables = {"PIZAUTH_URL": pending.url, "PIZAUTH_CODE": pending.user_code}
@@ -1776,7 +1768,7 @@ class Authenticator:
         pending.tries += 1
         pending.retry_at = None
         if isinstance(pending, DeviceLogin):
-            self._asked[name] = self._clock.now()
+            self._not_before["proceed", name] = self._clock.now() + DEVICE_GAP
         what = "device" if isinstance(pending, DeviceLogin) else "exchange"
         self._ask(what, name, pending, pending.form or [])
 
@@ -1797,7 +1789,7 @@ class Authenticator:
         login.expires_at = now + response.expires_in
         sensible = response.interval < response.expires_in  # else it may be in milliseconds
         login.interval = login.gap = response.interval if sensible else response.expires_in / 2
-        login.poll_at, login.remind_at = now + login.gap, self._notify_at(name)
+        login.poll_at, login.remind_at = now + login.gap, now
         self._errors.pop(name, None)
         self._tell_waiters(name, "waiting", "")
 
@@ -1907,7 +1899,7 @@ class Authenticator:
         """Post the refresh token (RFC 6749 6)."""
         assert token.refresh_token is not None
         token.wanted, token.attempted_at = False, self._clock.now()
-        token.not_before = self._not_before[name] = token.attempted_at + REFRESH_GAP
+        self._not_before["refresh", name] = token.attempted_at + REFRESH_GAP
         self._ask("refresh", name, token,
                   refresh_request(self.config.accounts[name], token.refresh_token))
         self._log(DEBUG, f"{name}: refreshing")
@@ -2278,7 +2270,8 @@ class Authenticator:
                                f" {until}")
         if self.stopping or token.cancel is not None and not token.judging:
             return  # its result would be lost, or a refresh runs already
-        if token.cancel is None and token.not_before <= self._clock.now():
+        earliest = self._not_before.get(("refresh", name), 0)
+        if token.cancel is None and earliest <= self._clock.now():
             self._refresh(name, token)
         else:
             token.wanted = True
@@ -2329,12 +2322,10 @@ class Authenticator:
             after = config.accounts.get(name)
             if after is None or dumped_options(after) != dumped_options(account):
                 self._errors.pop(name, None)
-                if after is None:
-                    self._not_before.pop(name, None)
-                    self._notified.pop(name, None)
-                    self._asked.pop(name, None)
                 self._replace(name, None, None, SUPERSEDED)
         self._tokens = {name: self._tokens.get(name) for name in config.accounts}
+        self._not_before = {(act, name): moment for (act, name), moment in self._not_before.items()
+                            if name in config.accounts}
         self._forget_deadline()
         for name, token in self._tokens.items():
             account = config.accounts[name]
