@@ -1285,13 +1285,14 @@ class Pending(Record):
     remind_at: float
     notified_at: float | None = None
     notifying: bool = False  # while auth_notify_cmd runs
-    form: Form | None = None  # of the request that the login goes on with
+    what: str  # the request that the login goes on with, a key of Authenticator._REQUESTS
+    form: Form | None = None  # what that request sends
     tries: int = 0
     retry_at: float | None = None  # when that request is tried again, or may be made
     cancel: Cancel | None = None  # set while a token request runs
 
     def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
-        """When to remind the person, and when to post a request, perhaps again."""
+        """When to remind the person, and when to post the next request."""
         yield self.remind_at, "remind"
         if self.retry_at is not None:
             yield self.retry_at, "proceed"
@@ -1313,6 +1314,7 @@ class Pending(Record):
 class RedirectLogin(Pending):
     """A login that ends with a redirect of the browser to our listener (RFC 6749 4.1)."""
 
+    what: str = "exchange"
     code_verifier: str
     redirect_uri: str
 
@@ -1331,17 +1333,11 @@ class DeviceLogin(Pending):
     """A login that the person does on any machine, with a code (RFC 8628). URL and code are empty
     until the provider has given them; then it is polled."""
 
-    device_code: str = ""
+    what: str = "device"  # then poll
     expires_at: float = FOR_EVER  # when the codes are void
     interval: float = 0  # at least between two polls
     gap: float = 0  # to the next poll; more than the interval while the provider is out of reach
-    poll_at: float | None = None  # None: a poll runs, or there is no code yet
     fault: str = ""  # why the last poll failed
-
-    def appointments(self, account: Account) -> Iterator[tuple[float, str]]:
-        yield from super().appointments(account)
-        if self.poll_at is not None:
-            yield min(self.poll_at, self.expires_at), "poll"
 
 
 class Active(Record):
@@ -1646,7 +1642,7 @@ class Authenticator:
         self._tokens: dict[str, Token | None] = dict.fromkeys(config.accounts)
         self._waiters: list[Waiter] = []
         self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
-        # When an act may next be done for an account, whatever has become of its token.
+        # When an account may next be reminded, refreshed, or asked a device code for.
         self._not_before: dict[tuple[str, str], float] = {}
         self._secrets: dict[str, str] = {}  # what client_secret_cmd has printed for an account
         self._issuers: set[str] = set()  # those that are known to send `iss`
@@ -1729,7 +1725,7 @@ class Authenticator:
     def _request_authorization(self, account: Account) -> Pending:
         """Begin a fresh login; the person is notified once there is a URL."""
         if account.device_auth_uri is not None:
-            at = self._not_before.get(("proceed", account.name), 0)
+            at = self._not_before.get(("device", account.name), 0)
             login = DeviceLogin(remind_at=FOR_EVER, form=device_request(account), retry_at=at)
             self._replace(account.name, login, None, SUPERSEDED)
             if at <= self._clock.now():
@@ -1762,15 +1758,20 @@ class Authenticator:
             self._command("auth_notify_cmd", name, variables, FOR_EVER,
                           lambda *_: setattr(pending, "notifying", False))
 
-    def _proceed(self, name: str, pending: Pending) -> None:
+    def _proceed(self, name: str, login: Pending) -> None:
         """Post the form that the login goes on with, for the first time or again: the exchange of a
-        code (RFC 6749 4.1.3), or the request for a device code (RFC 8628 3.1)."""
-        pending.tries += 1
-        pending.retry_at = None
-        if isinstance(pending, DeviceLogin):
-            self._not_before["proceed", name] = self._clock.now() + DEVICE_GAP
-        what = "device" if isinstance(pending, DeviceLogin) else "exchange"
-        self._ask(what, name, pending, pending.form or [])
+        code (RFC 6749 4.1.3), the request for a device code, or a poll (RFC 8628 3.1, 3.4)."""
+        now = self._clock.now()
+        if isinstance(login, DeviceLogin) and login.expires_at <= now:
+            why = f"; at the last try: {login.fault}" if login.fault else " before it was entered"
+            self._login_failed(name, None, f"Authentication for {name} failed: the code"
+                                           f" {login.user_code} has expired{why}")
+            return
+        login.tries += 1
+        login.retry_at = None
+        if login.what == "device":
+            self._not_before["device", name] = now + DEVICE_GAP
+        self._ask(login.what, name, login, login.form or [])
 
     def _proceed_failed(self, name: str, pending: Pending, error: TokenError) -> None:
         if error.cause == "outage" and pending.tries < CODE_TRIES:
@@ -1785,24 +1786,14 @@ class Authenticator:
         """There is a device code: tell the person, and poll."""
         now = self._clock.now()
         login.url, login.user_code = response.url, response.user_code
-        login.device_code, login.form = response.device_code, None
+        login.what = "poll"
+        login.form = device_token_request(self.config.accounts[name], response.device_code)
         login.expires_at = now + response.expires_in
         sensible = response.interval < response.expires_in  # else it may be in milliseconds
         login.interval = login.gap = response.interval if sensible else response.expires_in / 2
-        login.poll_at, login.remind_at = now + login.gap, now
+        login.retry_at, login.remind_at = now + login.gap, now
         self._errors.pop(name, None)
         self._tell_waiters(name, "waiting", "")
-
-    def _poll(self, name: str, login: DeviceLogin) -> None:
-        """Ask for the tokens of a device login (RFC 8628 3.4)."""
-        if login.expires_at <= self._clock.now():
-            why = f"; at the last try: {login.fault}" if login.fault else " before it was entered"
-            self._login_failed(name, None, f"Authentication for {name} failed: the code"
-                                           f" {login.user_code} has expired{why}")
-            return
-        login.poll_at = None
-        self._ask("poll", name, login,
-                  device_token_request(self.config.accounts[name], login.device_code))
 
     def _poll_failed(self, name: str, login: DeviceLogin, error: TokenError) -> None:
         """A poll gave no tokens: go on, unless the provider has refused (RFC 8628 3.5)."""
@@ -1821,7 +1812,8 @@ class Authenticator:
             return
         now = self._clock.now()
         before_expiry = login.expires_at - LAST_POLL - now
-        login.poll_at = now + max(login.interval, min(login.gap, before_expiry))
+        login.retry_at = min(now + max(login.interval, min(login.gap, before_expiry)),
+                             login.expires_at)
 
     def _ask(self, what: str, name: str, old: Token | None, form: Form,
              fresh: bool = False) -> None:
@@ -1961,8 +1953,8 @@ class Authenticator:
         "revoke": ("refresh", "revoke_uri", dict, _revoked, _revocation_failed)}
 
     _ACTS: Mapping[str, Callable[[Authenticator, str, Any], None]] = {
-        "expire": _expire, "poll": _poll, "proceed": _proceed, "refresh": _refresh,
-        "remind": _remind, "tell of fault": _tell_of_fault}
+        "expire": _expire, "proceed": _proceed, "refresh": _refresh, "remind": _remind,
+        "tell of fault": _tell_of_fault}
 
     def _login_failed(self, name: str, event: str | None, message: str) -> None:
         self._replace(name, None, event, message)
