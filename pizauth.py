@@ -1708,19 +1708,15 @@ class Authenticator:
         for waiter in waiters:
             waiter.tell(sign, text)
 
-    def _unless_replaced(self, name: str, token: Token | None, then: Any) -> Callable[..., None]:
-        """A callback for the work that token.cancel stops: then(name, token, *results), unless the
-        token has been replaced meanwhile (revoked, reloaded, refreshed). No token: always."""
-
-        def deliver(*results: Any) -> None:
-            if token is None:
-                then(name, token, *results)
-            elif self._tokens.get(name) is token:
-                token.cancel = None
-                self._forget_deadline()
-                then(name, token, *results)
-
-        return deliver
+    def _go_on(self, then: Any, name: str, token: Token | None, *results: Any) -> None:
+        """The work that token.cancel stops has ended: then(name, token, *results), unless the token
+        has been replaced meanwhile (revoked, reloaded, refreshed). No token: always."""
+        if token is None:
+            then(name, token, *results)
+        elif self._tokens.get(name) is token:
+            token.cancel = None
+            self._forget_deadline()
+            then(name, token, *results)
 
     def _request_authorization(self, account: Account) -> Pending:
         """Begin a fresh login; the person is notified once there is a URL."""
@@ -1821,9 +1817,9 @@ class Authenticator:
         account, (kind, option, *_) = self.config.accounts[name], self._REQUESTS[what]
         secret = self._secrets.get(name, account.client_secret)
         if account.client_secret_cmd is not None and secret is None:
-            printed = self._unless_replaced(name, old, partial(self._secret_printed, what, form))
+            printed = partial(self._secret_printed, what, form)
             cancel = self._run(account.client_secret_cmd, {"PIZAUTH_ACCOUNT": name}, SECRET_LIMIT,
-                               printed, True)
+                               partial(self._go_on, printed, name, old), True)
         else:
             sent, authorization = authenticated(account, form, secret)
             hidden = [*sent, ("client_secret", secret or ""),
@@ -1831,7 +1827,7 @@ class Authenticator:
                       ("access_token", old.access_token if isinstance(old, Active) else "")]
             answered = partial(self._answered, what, hidden, fresh)
             cancel = self._post(kind, normal_uri(getattr(account, option)), sent, authorization,
-                                self._unless_replaced(name, old, answered))
+                                partial(self._go_on, answered, name, old))
         if old is not None:
             old.cancel = cancel
         self._forget_deadline()
@@ -1914,7 +1910,7 @@ class Authenticator:
         if token.failures % VERDICT_FAILURES == 0 and self.config.transient_error_if_cmd:
             token.judging = True
             token.cancel = self._command("transient_error_if_cmd", name, {}, VERDICT_LIMIT,
-                                         self._unless_replaced(name, token, self._judged))
+                                         partial(self._go_on, self._judged, name, token))
 
     def _tell_of_fault(self, name: str, token: Active) -> None:
         """Tell the person, once, that an expired token cannot be refreshed; not in an outage."""
