@@ -1646,7 +1646,7 @@ class Authenticator:
         self._not_before: dict[tuple[str, str], float] = {}
         self._secrets: dict[str, str] = {}  # what client_secret_cmd has printed for an account
         self._issuers: set[str] = set()  # those that are known to send `iss`
-        self.events: list[tuple[str, str]] = []  # for token_event_cmd, which runs for the first
+        self.events: list[Callable[[], Cancel]] = []  # the runs of token_event_cmd; the first runs
         self._deadline: float | None = None  # None: not known
 
     # What is due, and when.
@@ -1988,21 +1988,17 @@ class Authenticator:
     def _tell_event(self, name: str, event: str) -> None:
         """Run token_event_cmd for an event, once it has ended for the events before."""
         if self.config.token_event_cmd is not None:
-            self.events.append((name, event))
+            self.events.append(partial(self._command, "token_event_cmd", name,
+                                       {"PIZAUTH_EVENT": event}, HOOK_LIMIT, self._event_told))
             if len(self.events) == 1:
-                self._tell_next_event()
+                self.events[0]()
 
-    def _tell_next_event(self) -> None:
-
-        def told(status: int | None, output: bytes) -> None:
-            del self.events[0]
-            if self.config.token_event_cmd is None:  # a reload has removed it
-                self.events.clear()
-            if self.events:
-                self._tell_next_event()
-
-        name, event = self.events[0]
-        self._command("token_event_cmd", name, {"PIZAUTH_EVENT": event}, HOOK_LIMIT, told)
+    def _event_told(self, status: int | None, output: bytes) -> None:
+        del self.events[0]
+        if self.config.token_event_cmd is None:  # a reload has removed it
+            self.events.clear()
+        if self.events:
+            self.events[0]()
 
     # The redirect listeners.
 
