@@ -4140,12 +4140,6 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def with_default_wait(arguments: list[str]) -> list[str]:
-    """The arguments with the seconds of a `-w` that has none."""
-    return [f"-w{WAIT}" if one == "-w" and not following.isdigit() else one
-            for one, following in zip(arguments, [*arguments[1:], ""])]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run a command, by default that of sys.argv; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -4154,7 +4148,9 @@ def main(arguments: list[str] | None = None) -> int:
             put(request_with_reason(b"showtoken", "withurl", arguments[1], b"access_token") + "\n")
         else:
             parser = command_line()
-            options = parser.parse_args(with_default_wait(arguments))
+            options = parser.parse_args([  # a `-w` without seconds gets the usual ones
+                f"-w{WAIT}" if one == "-w" and not following.isdigit() else one
+                for one, following in zip(arguments, [*arguments[1:], ""])])
             if options.function is None:
                 complain(parser.format_help().rstrip())
                 return 1
