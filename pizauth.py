@@ -1169,9 +1169,9 @@ def address_in(text: str) -> str:
     return half if half * 2 == text else text
 
 
-def pasted_redirect(text: str) -> tuple[str, str, str]:
-    """Scheme, host and target of a redirect copied from a browser's address bar; scheme and host
-    are empty if only the query was, the scheme if the browser hid it. Raises RequestError."""
+def pasted_redirect(text: str) -> tuple[str, tuple[str, str]]:
+    """Scheme, and target and host, of a redirect copied from a browser's address bar; scheme and
+    host are empty if only the query was, the scheme if the browser hid it. Raises RequestError."""
     text = address_in(text)
     if "?" not in text and "=" in text.partition("&")[0] and "/" not in text.partition("=")[0]:
         text = "?" + text
@@ -1182,7 +1182,7 @@ def pasted_redirect(text: str) -> tuple[str, str, str]:
     scheme, host, path, query = (part or "" for part in match.groups())
     if not re.search("(?:^|&)(?:state|error)=", query):
         raise RequestError(f"This is not the address of a redirect, for it has no 'state': {PASTE}")
-    return scheme.lower(), host, f"{path or '/'}?{query}"
+    return scheme.lower(), (f"{path or '/'}?{query}", host)
 
 
 SIGNS = {  # of a page: how the login went
@@ -1220,6 +1220,16 @@ def next_step(sign: str, name: str) -> str:
     return {"worked": "Mail programs get its tokens from now on.",
             "failed": f"To try again, run 'pizauth show {name}' and open the URL that it prints.",
             "waiting": "'pizauth status' tells how it ends."}[sign]
+
+
+def login_reply(peer: str, name: str, sign: str, text: str) -> bytes:
+    """The reply to a browser, or to `complete`, about how a login went."""
+    step = next_step(sign, name)
+    if peer == "browser":
+        closing = "" if sign == "failed" else ": you can safely close this page."
+        return page(200, sign, text + closing, step)
+    text = "The provider has not answered yet" if sign == "waiting" else text.rstrip(".")
+    return (f"ok:{text}" if sign == "worked" else f"error:{text}. {step}").encode()
 
 
 def error_words(response: Fields) -> str:
@@ -2002,21 +2012,12 @@ class Authenticator:
 
     # The redirect listeners.
 
-    def redirected(self, scheme: str, head: tuple[str, str], answer: Answer) -> None:
-        """Answer a browser, which may bring an authorization response. Raises BadRequest."""
+    def redirected(self, scheme: str, head: tuple[str, str], answer: Answer,
+                   peer: str = "browser") -> None:
+        """Handle target and host of an authorization response, and answer how the login went. The
+        checks are ordered so that no stray or forged request changes any state; without a host the
+        address is not checked, for only its query is known. Raises BadRequest."""
         target, host = head
-
-        def tell(name: str, sign: str, text: str) -> None:
-            closing = "" if sign == "failed" else ": you can safely close this page."
-            answer(page(200, sign, text + closing, next_step(sign, name)))
-
-        self._redirected(scheme, host, target, BROWSER_PATIENCE, tell)
-
-    def _redirected(self, scheme: str, host: str, target: str, patience: float,
-                    tell: Callable[[str, str, str], None]) -> None:
-        """Handle an authorization response, and tell(account, sign, text) the outcome. The checks
-        are ordered so that no stray or forged request changes any state; without a host the address
-        is not checked, for only its query is known. Raises BadRequest."""
         response = authorization_response(target.partition("?")[2])
         if "state" not in response:
             raise without_state(response)
@@ -2030,7 +2031,7 @@ class Authenticator:
                 + LOG_IN_AGAIN)
         token = self._tokens[name]
         if isinstance(token, Active):
-            tell(name, "worked", f"Account {name} is authorised already")
+            answer(login_reply(peer, name, "worked", f"Account {name} is authorised already"))
             return
         assert isinstance(token, RedirectLogin), "no other login waits for a redirect"
         scheme = scheme or token.redirect_uri.partition(":")[0]
@@ -2042,7 +2043,9 @@ class Authenticator:
                 " redirect_uri in pizauth.conf what the provider has on record?")
         if token.form is None:
             self._respond(name, token, response)
-        self._wait(name, self._clock.now() + patience, partial(tell, name))
+        patience = BROWSER_PATIENCE if peer == "browser" else COMPLETE_PATIENCE
+        self._wait(name, self._clock.now() + patience,
+                   lambda sign, text: answer(login_reply(peer, name, sign, text)))
 
     def _wait(self, name: str, until: float, tell: Callable[[str, str], None]) -> None:
         self._waiters.append(Waiter(account=name, until=until, tell=tell))
@@ -2073,14 +2076,8 @@ class Authenticator:
 
     def _complete(self, rest: bytes, answer: Answer) -> None:
         """Take the redirect of a browser that could not reach our listener (RFC 6749 4.1.2)."""
-        scheme, host, target = pasted_redirect(rest.decode("utf-8", "replace"))
-
-        def tell(name: str, sign: str, text: str) -> None:
-            text = "The provider has not answered yet" if sign == "waiting" else text.rstrip(".")
-            answer(f"ok:{text}".encode() if sign == "worked" else
-                   f"error:{text}. {next_step(sign, name)}".encode())
-
-        self._redirected(scheme, host, target, COMPLETE_PATIENCE, tell)
+        scheme, head = pasted_redirect(rest.decode("utf-8", "replace"))
+        self.redirected(scheme, head, answer, "control")
 
     def _dump(self, rest: bytes, answer: Answer) -> None:
         states = [(account, self._tokens[name]) for name, account in self.config.accounts.items()]

@@ -2935,7 +2935,7 @@ class CompleteTest(unittest.TestCase):
             for changed in (text[:at], text[at:], text[:at] + text[at + 1 :],
                             *(text[:at] + c + text[at:] for c in '?#/&="\n\0é')):
                 with contextlib.suppress(pizauth.RequestError):
-                    scheme, _, target = pizauth.pasted_redirect(changed)
+                    scheme, (target, _) = pizauth.pasted_redirect(changed)
                     self.assertIn(scheme, ("", "http", "https"))
                     self.assertTrue(target.startswith("/"))
 
