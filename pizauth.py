@@ -3736,31 +3736,8 @@ CLIENT_TIMEOUT = 10  # Seconds that a client waits for the next byte.
 CONNECT_AGAIN = 0.05  # Seconds until a client that found the socket's queue full tries again.
 WAIT = 60  # Seconds that `show -w` waits if it is not told how long.
 PASTED = 0.5  # Seconds after which no more lines of a pasted address are expected.
+GOOD_KINDS = {b"showtoken": b"access_token", b"refresh": b"scheduled"}  # of replies; others: ok
 NO_SERVER = "pizauth authenticator not running or not responding"
-
-
-class ServerHangs(PizauthError):
-    """The server is there, but silent."""
-
-
-def server_hangs(directory: str, patience: float) -> ServerHangs:
-    """The error of a client whose server in this directory does not answer for so many seconds."""
-    pid = lock_holder(directory)
-    process, remedy = "", "end it and run 'pizauth server'"
-    if pid:
-        process, remedy = f" (process {pid})", (
-            f"'kill -CONT {pid}' wakes one that was stopped: then look at 'pizauth status';"
-            f" otherwise 'kill -9 {pid}', which loses its tokens, and 'pizauth server'")
-    return ServerHangs(f"{NO_SERVER}: it hangs{process}, silent for {patience:g} s; {remedy}")
-
-
-def no_server(directory: str) -> PizauthError:
-    """The error of a client that finds no server in this directory."""
-    if pid := lock_holder(directory):
-        return PizauthError(f"{NO_SERVER}: process {pid} has lost its socket in {directory};"
-                            f" 'kill -HUP {pid}' has it make a new one")
-    return PizauthError(f"{NO_SERVER}: start it with 'pizauth server'; if it runs, it has another"
-                        f" XDG_RUNTIME_DIR, for there is none in {directory}")
 
 
 def lock_holder(directory: str) -> str:
@@ -3775,6 +3752,28 @@ def lock_holder(directory: str) -> str:
     except (OSError, ValueError):
         pass  # the original has no such file
     return ""
+
+
+class ServerHangs(PizauthError):
+    """The server of this directory is there, but silent for so many seconds."""
+
+    def __init__(self, directory: str, patience: float) -> None:
+        pid = lock_holder(directory)
+        process, remedy = "", "end it and run 'pizauth server'"
+        if pid:
+            process, remedy = f" (process {pid})", (
+                f"'kill -CONT {pid}' wakes one that was stopped: then look at 'pizauth status';"
+                f" otherwise 'kill -9 {pid}', which loses its tokens, and 'pizauth server'")
+        super().__init__(f"{NO_SERVER}: it hangs{process}, silent for {patience:g} s; {remedy}")
+
+
+def no_server(directory: str) -> PizauthError:
+    """The error of a client that finds no server in this directory."""
+    if pid := lock_holder(directory):
+        return PizauthError(f"{NO_SERVER}: process {pid} has lost its socket in {directory};"
+                            f" 'kill -HUP {pid}' has it make a new one")
+    return PizauthError(f"{NO_SERVER}: start it with 'pizauth server'; if it runs, it has another"
+                        f" XDG_RUNTIME_DIR, for there is none in {directory}")
 
 
 def connect_client(sock: Any, path: str) -> None:
@@ -3808,7 +3807,7 @@ def ask(request: bytes, patience: float = 0) -> bytes:
         while data := sock.recv(CHUNK):
             reply += data
     except (_socket.timeout, BlockingIOError):
-        raise server_hangs(directory, sock.gettimeout() or 0) from None
+        raise ServerHangs(directory, sock.gettimeout() or 0) from None
     except ConnectionResetError:  # at the limit of clients, or at the server's end
         raise PizauthError(f"{NO_SERVER}: it ended the connection: try again") from None
     except OSError:
@@ -3826,8 +3825,8 @@ class Refused(PizauthError):
         self.pending = pending
 
 
-def request(verb: bytes, rest: bytes = b"", kind: bytes = b"ok", patience: float = 0) -> str:
-    """The text of a reply of this kind. Raises PizauthError with the reason if it is another."""
+def request(verb: bytes, rest: bytes = b"", patience: float = 0) -> str:
+    """The text of a good reply. Raises PizauthError with the reason if it is another."""
     reply = ask(verb + b":" + rest, patience)
     got, _, raw = reply.partition(b":")
     text = raw.decode("utf-8", "replace")
@@ -3837,16 +3836,15 @@ def request(verb: bytes, rest: bytes = b"", kind: bytes = b"ok", patience: float
         raise Refused(text, got == b"pending")
     if not reply:
         raise PizauthError("The server ended the connection before it answered: try again")
-    if got != kind:
+    if got != GOOD_KINDS.get(verb, b"ok"):
         raise PizauthError("The server's answer makes no sense: is it another version?")
     return text
 
 
-def request_with_reason(verb: bytes, words: str, account: str, kind: bytes,
-                        patience: float = 0) -> str:
+def request_with_reason(verb: bytes, words: str, account: str, patience: float = 0) -> str:
     """A request about an account; its error starts with why the account's last attempt failed."""
     try:
-        return request(verb, f"{words} ".encode() + os.fsencode(account), kind, patience)
+        return request(verb, f"{words} ".encode() + os.fsencode(account), patience)
     except Refused as error:
         raise Refused(last_error(account) + str(error), error.pending) from None
 
@@ -3865,17 +3863,17 @@ def last_error(account: str) -> str:
 
 def show(options: argparse.Namespace) -> None:
     """Print a token, after waiting for it if asked to; the URL to log in with is shown at once."""
-    words = "withouturl" if options.without_url else "withurl"
-    words += (f",life={options.life}" if options.life else "") + (",json" if options.json else "")
+    words = options.words + (f",life={options.life}" if options.life else "")
+    words += ",json" if options.json else ""
     try:
-        text = request_with_reason(b"showtoken", words, options.account, b"access_token")
+        text = request_with_reason(b"showtoken", words, options.account)
     except Refused as error:
         if not options.wait:
             raise
         if error.pending:
             complain(f"WARNING - {error}")
-        text = request_with_reason(b"showtoken", f"{words},wait={options.wait}", options.account,
-                                   b"access_token", options.wait)
+        words += f",wait={options.wait}"
+        text = request_with_reason(b"showtoken", words, options.account, options.wait)
     put((text if options.user is None else with_xoauth2(text, options.user, options.json)) + "\n")
 
 
@@ -4059,9 +4057,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], object], str, tuple[str
     "import": (import_token, "take a refresh token that another program got", ("account",)),
     "info": (info, "print where things are and what the server says about itself",
              ("-c --config", "-j")),
-    "refresh": (lambda options: request_with_reason(
-                    b"refresh", "withouturl" if options.without_url else "withurl",
-                    options.account, b"scheduled"),
+    "refresh": (lambda options: request_with_reason(b"refresh", options.words, options.account),
                 "ask for a new access token now", ("-u", "account")),
     "reload": (lambda _: request(b"reload"), "have the server read its configuration again", ()),
     "restore": (lambda _: request(b"restore", read_input(RESTORE_LIMIT, "dump")),
@@ -4105,7 +4101,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
            "help": f"wait for a token, {WAIT} seconds if none are given, at most a day"},
     "-x": {"dest": "user", "metavar": "USER", "type": sasl_user,
            "help": "print the SASL XOAUTH2 initial response for this user of the mail server"},
-    "-u": {"dest": "without_url", "action": "store_true", "help": "leave the URL out of the error"},
+    "-u": {"dest": "words", "action": "store_const", "const": "withouturl", "default": "withurl",
+           "help": "leave the URL out of the error"},
     "-v --verbose": {"dest": "verbose", "action": "count", "default": 0,
                      "help": "log more, up to four times (server)"}}
 
@@ -4142,7 +4139,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if len(arguments) == 2 and arguments[0] == "show" and not arguments[1].startswith("-"):
-            put(request_with_reason(b"showtoken", "withurl", arguments[1], b"access_token") + "\n")
+            put(request_with_reason(b"showtoken", "withurl", arguments[1]) + "\n")
         else:
             parser = command_line()
             options = parser.parse_args([  # a `-w` without seconds gets the usual ones
