@@ -1657,7 +1657,8 @@ class Authenticator:
         self._secrets: dict[str, str] = {}  # what client_secret_cmd has printed for an account
         self._issuers: set[str] = set()  # those that are known to send `iss`
         self.events: list[Callable[[], Cancel]] = []  # the runs of token_event_cmd; the first runs
-        self._deadline: float | None = None  # None: not known
+        # The cached deadline(); None after any change to an appointment or to the waiters.
+        self._deadline: float | None = None
 
     # What is due, and when.
 
@@ -1681,7 +1682,7 @@ class Authenticator:
         self._waiters = [waiter for waiter in self._waiters if waiter.until > now]
         for waiter in late:
             waiter.tell("waiting", "pizauth processing authentication")
-        self._forget_deadline()
+        self._deadline = None
 
     def _appointments(self) -> Iterator[tuple[float, str, str, Token]]:
         """Everything that the tokens have scheduled: when, which act, account and token."""
@@ -1690,17 +1691,13 @@ class Authenticator:
                 for moment, act in token.appointments(self.config.accounts[name]):
                     yield max(moment, self._not_before.get((act, name), 0)), act, name, token
 
-    def _forget_deadline(self) -> None:
-        """Forget the cached deadline, after any change to an appointment or to the waiters."""
-        self._deadline = None
-
     # Transitions.
 
     def _replace(self, name: str, token: Token | None, event: str | None, told: str = "") -> None:
         """Change an account's state; nothing else does. `told`: why waiting peers get no token."""
         old = self._tokens[name]
         self._tokens[name] = token
-        self._forget_deadline()
+        self._deadline = None
         state = "no token" if not token else "active" if isinstance(token, Active) else "pending"
         self._log(INFO, f"{name}: {state}" + (f" ({event})" if event else ""))
         if old is not None and old.cancel is not None:
@@ -1725,7 +1722,7 @@ class Authenticator:
             then(name, token, *results)
         elif self._tokens.get(name) is token:
             token.cancel = None
-            self._forget_deadline()
+            self._deadline = None
             then(name, token, *results)
 
     def _request_authorization(self, account: Account) -> Pending:
@@ -1754,7 +1751,7 @@ class Authenticator:
         """Notify the person of the URL; again only once the last auth_notify_cmd has ended."""
         now = self._clock.now()
         pending.remind_at = now + max(self.config.auth_notify_interval, REMINDER_GAP)
-        self._forget_deadline()
+        self._deadline = None
         if pending.notifying:
             return
         pending.notified_at, self._not_before["remind", name] = now, now + REMINDER_GAP
@@ -1840,7 +1837,7 @@ class Authenticator:
                                 partial(self._go_on, answered, name, old))
         if old is not None:
             old.cancel = cancel
-        self._forget_deadline()
+        self._deadline = None
 
     def _secret_printed(self, what: str, form: Form, name: str, old: Token | None,
                         status: int | None, output: bytes) -> None:
@@ -1925,7 +1922,7 @@ class Authenticator:
     def _tell_of_fault(self, name: str, token: Active) -> None:
         """Tell the person, once, that an expired token cannot be refreshed; not in an outage."""
         token.fault_told = True
-        self._forget_deadline()
+        self._deadline = None
         self._report(name, f"Refreshing {name} keeps failing: {token.last_fault} (it will be tried"
                            f" again; 'pizauth revoke {name}' leads to a new login)")
 
@@ -2049,7 +2046,7 @@ class Authenticator:
 
     def _wait(self, name: str, until: float, tell: Callable[[str, str], None]) -> None:
         self._waiters.append(Waiter(account=name, until=until, tell=tell))
-        self._forget_deadline()
+        self._deadline = None
 
     def _respond(self, name: str, pending: RedirectLogin, response: Fields) -> None:
         """Exchange the code of a response. Raises BadRequest if it has none, or another issuer."""
@@ -2256,7 +2253,7 @@ class Authenticator:
             self._refresh(name, token)
         else:
             token.wanted = True
-            self._forget_deadline()
+            self._deadline = None
 
     def _revived(self, dumped: Active) -> Active:
         """A dumped token, converted to our clock. One obtained in the future counts as expired."""
@@ -2307,7 +2304,7 @@ class Authenticator:
         self._tokens = {name: self._tokens.get(name) for name in config.accounts}
         self._not_before = {(act, name): moment for (act, name), moment in self._not_before.items()
                             if name in config.accounts}
-        self._forget_deadline()
+        self._deadline = None
         for name, token in self._tokens.items():
             account = config.accounts[name]
             if (isinstance(token, RedirectLogin)
