@@ -1280,10 +1280,13 @@ class Clock:
         """Seconds since the epoch, as far as the machine knows."""
         return time.time()
 
+    def epoch(self, moment: float) -> float:
+        """A moment of now() in seconds since the epoch."""
+        return self.wall() - self.now() + moment
+
     def date(self, moment: float) -> str:
         """A moment of now() as local time, in the form of RFC 2822."""
-        seconds = self.wall() - self.now() + moment
-        return time.strftime("%a, %d %b %Y %H:%M:%S %z", time.localtime(seconds))
+        return time.strftime("%a, %d %b %Y %H:%M:%S %z", time.localtime(self.epoch(moment)))
 
 
 class Pending(Record):
@@ -2078,8 +2081,7 @@ class Authenticator:
 
     def _dump(self, rest: bytes, answer: Answer) -> None:
         states = [(account, self._tokens[name]) for name, account in self.config.accounts.items()]
-        plaintext = dump_bytes(states, self._clock.wall() - self._clock.now())
-        answer(encrypt_dump(secrets.token_bytes(12), plaintext))
+        answer(encrypt_dump(secrets.token_bytes(12), dump_bytes(states, self._clock.epoch(0))))
 
     def _info(self, rest: bytes, answer: Answer) -> None:
         ports = {f"{scheme}_port": str(ports[0]) if ports else "none"
@@ -2186,12 +2188,8 @@ class Authenticator:
             return token.access_token
         return json.dumps({
             "access_token": token.access_token, "token_type": "Bearer", "account": name,
-            "expires_at": self._epoch(token.expires_at),
+            "expires_at": int(self._clock.epoch(token.expires_at)),
             "scope": " ".join(self.config.accounts[name].scopes)})
-
-    def _epoch(self, moment: float) -> int:
-        """A moment in seconds since the epoch."""
-        return int(self._clock.wall() - self._clock.now() + moment)
 
     def _shutdown(self, rest: bytes, answer: Answer) -> None:
         self.stopping = True  # the client's connection is closed last of all
@@ -2280,14 +2278,14 @@ class Authenticator:
         row.update(account=name, state="empty", refresh_token=False)
         if isinstance(token, Active):
             row.update(state="active" if self._clock.now() < token.expires_at else "expired",
-                       obtained_at=self._epoch(token.obtained_at),
-                       expires_at=self._epoch(token.expires_at),
+                       obtained_at=int(self._clock.epoch(token.obtained_at)),
+                       expires_at=int(self._clock.epoch(token.expires_at)),
                        refresh_token=token.refresh_token is not None)
         elif token is not None:
             row.update(state="pending", url=token.url or None, user_code=token.user_code or None)
         if name in self._errors:
             at, row["last_error"] = self._errors[name]
-            row["last_error_at"] = self._epoch(at)
+            row["last_error_at"] = int(self._clock.epoch(at))
         return row
 
     # Reload, and the end.
