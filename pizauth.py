@@ -3571,7 +3571,7 @@ class Server:
         """Take a configuration, and first read or make the certificate that it needs."""
         self.newest = config
         minted = self.authenticator.config.https_cert is None and self.certificate
-        if not config.addresses("https"):
+        if not config.addresses("https") or minted and config.https_cert is None:
             self._apply(config, self.certificate, "", then)
         elif config.https_cert is not None:
             path, key = (None if name is None else os.path.expanduser(name)
@@ -3580,8 +3580,6 @@ class Server:
                 self._apply(config, (tls_context(path or "", key), {}), "", then)
             except (OSError, ValueError) as error:
                 then(PizauthError(f"Cannot use https_cert {path}: {error}"))
-        elif minted:
-            self._apply(config, minted, "", then)
         else:
             self.children.add(Job(kind="mint", work=mint_certificate, limit=MINT_LIMIT,
                                   then=partial(self._minted, then)))
