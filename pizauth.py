@@ -3586,6 +3586,9 @@ class Server:
 
     def _minted(self, then: Reloaded, status: int | None, output: bytes) -> None:
         """Go on with configure(); without a certificate `output` says why."""
+        if self.newest.https_cert is not None:  # there was another reload meanwhile
+            self.configure(self.newest, then)
+            return
         certificate = None
         no_https = output.decode("utf-8", "replace") or "making a certificate failed or timed out"
         if status == 0:
@@ -3594,7 +3597,7 @@ class Server:
                 certificate = minted_context(about.pop("pem"), self.directory), about
             except Exception as error:  # of any kind, even of an odd `ssl`: then() must be called
                 no_https = f"the certificate cannot be used: {error}"
-        self._apply(self.newest, certificate, no_https, then)  # there may have been another reload
+        self._apply(self.newest, certificate, no_https, then)
 
     def _apply(self, config: Config, certificate: tuple[ssl.SSLContext, Fields] | None,
                no_https: str, then: Reloaded) -> None:

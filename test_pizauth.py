@@ -8899,7 +8899,7 @@ class AuthlibFitTest(unittest.TestCase):
         """Use a refresh token that is good no more, as a thief would."""
         form = [*AUTHLIB_CLIENT.items(), ("grant_type", "refresh_token"),
                 ("refresh_token", refresh_token)]
-        with self.assertRaisesRegex(pizauth.PermanentError, "^HTTP 400: invalid_grant"):
+        with self.assertRaisesRegex(pizauth.TokenError, "^HTTP 400: invalid_grant"):
             token_response(pizauth.fetch(provider.url + "/token", form), form)
 
     def test_basic_authentication_of_a_client_whose_id_and_secret_need_encoding(self):
