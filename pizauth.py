@@ -15,7 +15,7 @@ pizauth: an OAuth2 token daemon for command-line mail programs.
 
 `pizauth server` keeps access tokens in memory and fresh; `pizauth show ACCOUNT` prints one. This
 file is both; start reading at main(), at the end: each section uses only what stands above it.
-The terms are those of RFC 6749 (OAuth 2.0), 7636 (PKCE) and 8252 (native apps).
+The terms are those of RFC 6749 (OAuth 2.0), 7636 (PKCE), 8252 (native apps), 8628 (device logins).
 
 The state of an account, and what changes it (also: revoke and reload to Empty, restore to Active):
 
@@ -36,6 +36,8 @@ One authorization, step by step:
     verifier to the token endpoint.
  4. The answer turns it into an Active, and the waiting browser gets a page that says so.
  5. Before the token expires another child posts the refresh token: a new Active.
+
+A device login has no redirect: after 1 a child asks for a code, and then polls until 4.
 
 The control protocol: a client of the Unix socket sends `VERB ":" REST` and end of file, and gets
 `KIND ":" TEXT`, or `error:` and a sentence (`dump` and `info`: bytes and JSON).
@@ -710,6 +712,7 @@ USER_CLAIMS = ("email", "preferred_username", "upn")  # of ID tokens
 SECRET_FIELDS = ("code", "code_verifier", "refresh_token", "client_secret", "access_token",
                  "device_code", "token")
 ADVICE = {  # What a provider's words mean, and what to do: AADSTS numbers, phrases, error codes.
+    # The first entry that fits counts, so particular ones stand before general ones. Sources:
     # entra-docs reference-error-codes, unless another source is named
     "50057": "Your account is disabled: ask your organisation's admin",
     "50072, 50074, 50076, 50079, 50158": "A second factor is required: log in again with it",
@@ -738,8 +741,9 @@ ADVICE = {  # What a provider's words mean, and what to do: AADSTS numbers, phra
     "org_internal": "This client is for one organisation: make it External, or log in from there",
     "deleted_client, client was not found": "The client was deleted or never existed: check"
         " client_id; for 30 days, the console can restore it",
+    # Google: refresh token expiration
     "Token has been expired or revoked": "The login has ended: log in again; if it never lasts more"
-        " than 7 days, publish the client (Audience, in the console)",  # refresh token expiration
+        " than 7 days at Google, publish the client (Audience, in its console)",
     "INVALID_INPUT, invalid_redirect_uri": "A field is empty or not allowed: check client_id,"
         " client_secret and redirect_uri",  # Yahoo's troubleshooting page; tried at Fastmail
     # RFC 6749 4.1.2.1 and 5.2
@@ -1060,7 +1064,7 @@ PASTE = ("paste all that the browser's address bar shows after the login, or at 
          " '?' on (a login with a code needs no 'complete')")
 AROUND = " \"'`<>()[].,;\u2018\u2019\u201c\u201d\u00ab\u00bb"  # a pasted address in some text
 TOO_MANY: dict[str, PizauthError] = {  # for peers that must make room
-    "control": RequestError("Too many clients wait at once, and this one no longer does:"
+    "control": RequestError("Too many clients are connected at once, so this one was turned away:"
                             " 'pizauth status' tells how things are"),
     "browser": BadRequest(503, "Too many browsers wait at once.", "Reload this page in a while.")}
 LOG_IN_AGAIN = "To log in, run 'pizauth show ACCOUNT' and open the URL that it prints."
@@ -1655,7 +1659,8 @@ class Authenticator:
         self._tokens: dict[str, Token | None] = dict.fromkeys(config.accounts)
         self._waiters: list[Waiter] = []
         self._errors: dict[str, tuple[float, str]] = {}  # when and why an account's last try failed
-        # When an account may next be reminded, refreshed, or asked a device code for.
+        # The moment before which an act for an account must not happen again; _appointments() obeys
+        # it. "device" is no act: it is looked up when a device login begins.
         self._not_before: dict[tuple[str, str], float] = {}
         self._secrets: dict[str, str] = {}  # what client_secret_cmd has printed for an account
         self._issuers: set[str] = set()  # those that are known to send `iss`
@@ -1823,11 +1828,12 @@ class Authenticator:
 
     def _ask(self, what: str, name: str, old: Token | None, form: Form,
              fresh: bool = False) -> None:
-        """Post a form, a key of _REQUESTS, once the client secret is known (`fresh`: if new)."""
+        """Post a form for a request, a key of _REQUESTS, once the client secret is known; `fresh`:
+        client_secret_cmd has printed it just now."""
         account, (kind, option, *_) = self.config.accounts[name], self._REQUESTS[what]
         secret = self._secrets.get(name, account.client_secret)
         if account.client_secret_cmd is not None and secret is None:
-            printed = partial(self._secret_printed, what, form)
+            printed = partial(self._secret_printed, what, form, account)
             cancel = self._run(account.client_secret_cmd, {"PIZAUTH_ACCOUNT": name}, SECRET_LIMIT,
                                partial(self._go_on, printed, name, old), True)
         else:
@@ -1842,9 +1848,13 @@ class Authenticator:
             old.cancel = cancel
         self._deadline = None
 
-    def _secret_printed(self, what: str, form: Form, name: str, old: Token | None,
-                        status: int | None, output: bytes) -> None:
+    def _secret_printed(self, what: str, form: Form, account: Account, name: str,
+                        old: Token | None, status: int | None, output: bytes) -> None:
         """Handle the end of client_secret_cmd: go on with the request."""
+        if old is None and self.config.accounts.get(name) is not account:
+            self._log(ERROR, f"{name} is not revoked at the provider: the configuration was"
+                             " reloaded meanwhile")
+            return
         try:
             self._secrets[name] = printed_secret(status, output)
         except TokenError as error:
@@ -1868,7 +1878,7 @@ class Authenticator:
 
     def _obtained(self, name: str, old: Token, response: TokenResponse) -> None:
         """A new access token replaces the account's state, if it is the right person's."""
-        if not isinstance(old, Active) and not self._is_expected(name, response.users):
+        if not isinstance(old, Active) and not self._accepts(name, response.users):
             return
         kept = old.refresh_token if isinstance(old, Active) else None
         now, refresh_token = self._clock.now(), response.refresh_token or kept
@@ -1880,18 +1890,19 @@ class Authenticator:
         if refresh_token is None:
             self._log(WARNING, f"{name}: {NO_REFRESH_TOKEN}")
 
-    def _is_expected(self, name: str, users: tuple[str, ...]) -> bool:
-        """Whether the right person has logged in, or nobody can know; else the login has failed."""
+    def _accepts(self, name: str, users: tuple[str, ...]) -> bool:
+        """Whether to take the tokens of a login. If somebody else has logged in, it has failed; if
+        nobody can tell, that is a warning."""
         expected = self.config.accounts[name].expect_user
         if expected is None or expected.casefold() in map(str.casefold, users):
             return True
         if users:
             self._login_failed(name, None, f"Authentication for {name} failed: {users[0]} has"
                                f" logged in: log in as {expected}, perhaps in a private window")
-        else:
-            self._log(WARNING, f"{name}: the provider does not say who has logged in, so that"
-                               " expect_user is of no use")
-        return not users
+            return False
+        self._log(WARNING, f"{name}: the provider does not say who has logged in, so that"
+                           " expect_user is of no use")
+        return True
 
     def _refresh(self, name: str, token: Active) -> None:
         """Post the refresh token (RFC 6749 6)."""
@@ -2021,7 +2032,8 @@ class Authenticator:
         response = authorization_response(target.partition("?")[2])
         if "state" not in response:
             raise without_state(response)
-        state = response["state"] or "none"  # a login's has 256 random bits (RFC 6749 10.12)
+        # A login's state has 256 random bits (RFC 6749 10.12); an empty one is of other logins.
+        state = response["state"] or "none"
         name = next((name for name, one in self._tokens.items() if one and one.state == state), "")
         if not name:
             raise BadRequest(
@@ -2056,9 +2068,10 @@ class Authenticator:
         issuer, iss = self.config.accounts[name].issuer, response.get("iss")
         if issuer is not None and iss != issuer and (iss is not None or issuer in self._issuers):
             raise BadRequest(
-                400, f"The answer is not {issuer}'s: its 'iss' is {iss or 'missing'}.",
-                "The login still waits. Is issuer in pizauth.conf right? If so, close this page:"
-                " it comes from somebody else.", level=WARNING)
+                400, f"The answer is not {issuer}'s: its 'iss' is"
+                     f" {printable(iss or '')[:200] or 'missing'}.", "The login still waits. Is"
+                " issuer in pizauth.conf right? If so, this answer comes from somebody else.",
+                level=WARNING)
         if iss is not None and iss == issuer:
             self._issuers.add(iss)
         if "error" in response:
@@ -2092,10 +2105,13 @@ class Authenticator:
     def _import(self, rest: bytes, answer: Answer) -> None:
         """Take a refresh token that another program got for the same client, and refresh it."""
         token, _, name = rest.partition(b" ")
-        account, refresh_token = self._account(name), token.decode("utf-8", "replace")
+        refresh_token = token.decode("utf-8", "replace")
         if not is_visible_ascii(refresh_token):
             raise RequestError("A refresh token is printable ASCII without blanks")
-        now = self._clock.now()
+        account, now = self._account(name), self._clock.now()
+        self._errors.pop(account.name, None)
+        self._tell_waiters(account.name, "failed", SUPERSEDED)  # nobody knows yet if it is good
+        # The access token is a placeholder, which has expired: dumps need one.
         self._replace(account.name, Active(access_token="none", obtained_at=now, expires_at=now,
                                            refresh_token=refresh_token, wanted=True), None)
         answer(b"ok:")
@@ -2316,7 +2332,8 @@ class Authenticator:
 
 # ---- Work for children ----
 # These functions run in forked children and may block (limit_resources() runs in the server, too).
-# They see what they were forked with; what they return goes to the server through a pipe.
+# They see what they were forked with; what they return goes to the server through a pipe. The
+# client's `discover` runs fetch() and what that uses, too.
 
 CONNECT_TIMEOUT = 5  # Seconds for one address, which leaves time for five more.
 AFTER_SUSPEND = 5  # Seconds more for a child whose limit passed while the machine was suspended.
@@ -2343,7 +2360,7 @@ def run_child(job: Job, pipe: int, nice: int) -> NoReturn:
         try:
             if job.capture:
                 os.dup2(pipe, 1)
-            output, status = job.work(), int(job.capture)  # that command has not started
+            output, status = job.work(), int(job.capture)  # else no shell has started
         except PizauthError as error:
             output = str(error).encode()
         except Exception as error:  # a bug, or a module that was removed: the server reports it
@@ -2715,7 +2732,7 @@ class Children:
         return self.add(Job(kind="command", work=work, limit=limit, then=then, capture=capture))
 
     def in_flight(self) -> bool:
-        """Whether a request runs that may bring a token."""
+        """Whether a request runs that may bring a token, or revokes one."""
         return any(job.host and job.kind != "device" for job in self.running.values())
 
     def deadline(self) -> float:
@@ -3443,8 +3460,11 @@ class Server:
             signal.SIGTERM: self.stop, signal.SIGINT: self.stop, signal.SIGCHLD: self.children.reap,
             signal.SIGHUP: lambda: (  # results in flight would be dropped with their account
                 None if self.authenticator.stopping else self.reload(lambda error: None))}
-        # For HTTPS, once it was needed: the certificate, and what `info` says of it.
+        # For HTTPS: a certificate, and what `info` says of it. The minted one, once it was needed,
+        # is kept to the end; the other is in use.
+        self.minted: tuple[ssl.SSLContext, Fields] | None = None
         self.certificate: tuple[ssl.SSLContext, Fields] | None = None
+        self.newest = config  # asked for last; it is taken once it has its certificate
         self.redirects: dict[Place, list[Listener]] = {}
         self.control_id: tuple[int, int] | None = None
         self.control_checked = self.clock.now()
@@ -3570,16 +3590,18 @@ class Server:
     def configure(self, config: Config, then: Reloaded) -> None:
         """Take a configuration, and first read or make the certificate that it needs."""
         self.newest = config
-        minted = self.authenticator.config.https_cert is None and self.certificate
-        if not config.addresses("https") or minted and config.https_cert is None:
-            self._apply(config, self.certificate, "", then)
+        if not config.addresses("https"):
+            self._apply(config, None, "", then)
         elif config.https_cert is not None:
-            path, key = (None if name is None else os.path.expanduser(name)
-                         for name in (config.https_cert, config.https_key))
+            path, key = os.path.expanduser(config.https_cert), config.https_key
             try:
-                self._apply(config, (tls_context(path or "", key), {}), "", then)
+                context = tls_context(path, None if key is None else os.path.expanduser(key))
             except (OSError, ValueError) as error:
                 then(PizauthError(f"Cannot use https_cert {path}: {error}"))
+            else:
+                self._apply(config, (context, {}), "", then)
+        elif self.minted is not None:
+            self._apply(config, self.minted, "", then)
         else:
             self.children.add(Job(kind="mint", work=mint_certificate, limit=MINT_LIMIT,
                                   then=partial(self._minted, then)))
@@ -3589,15 +3611,14 @@ class Server:
         if self.newest.https_cert is not None:  # there was another reload meanwhile
             self.configure(self.newest, then)
             return
-        certificate = None
         no_https = output.decode("utf-8", "replace") or "making a certificate failed or timed out"
-        if status == 0:
+        if status == 0 and self.minted is None:
             about = json.loads(output)
             try:
-                certificate = minted_context(about.pop("pem"), self.directory), about
+                self.minted = minted_context(about.pop("pem"), self.directory), about
             except Exception as error:  # of any kind, even of an odd `ssl`: then() must be called
                 no_https = f"the certificate cannot be used: {error}"
-        self._apply(self.newest, certificate, no_https, then)
+        self._apply(self.newest, self.minted, no_https, then)
 
     def _apply(self, config: Config, certificate: tuple[ssl.SSLContext, Fields] | None,
                no_https: str, then: Reloaded) -> None:
@@ -3945,6 +3966,7 @@ def account_block(issuer: str, metadata: dict[str, Any]) -> str:
     return "\n    ".join([
         f"account {json.dumps(urllib.parse.urlsplit(issuer).hostname)} {{", *lines,
         'client_id = "";  // fill in what the provider gave you for your client',
+        '// client_secret = "";  // and this one, if it gave you a secret',
         f"// scopes = {json.dumps(known)};  // choose from these, and add those for mail",
         'redirect_uri = "http://localhost/";']) + "\n}\n"
 
@@ -3995,6 +4017,8 @@ def read_input(limit: int, expected: str) -> bytes:
 def import_token(options: argparse.Namespace) -> None:
     """Send the server a refresh token, read from standard input."""
     token = read_input(REQUEST_LIMIT, "refresh token").strip()
+    if len(token.split()) != 1:
+        raise PizauthError("Standard input is no refresh token, which is one word, and alone")
     request(b"import", token + b" " + os.fsencode(options.account))
 
 
@@ -4139,7 +4163,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             parser = command_line()
             options = parser.parse_args([  # a `-w` without seconds gets the usual ones
-                f"-w{WAIT}" if one == "-w" and not following.isdigit() else one
+                f"{one}{WAIT}" if one[:1] == "-" and one[-1] == "w"
+                and set(one[1:-1]) <= set("juv") and not following.isdigit() else one
                 for one, following in zip(arguments, [*arguments[1:], ""])])
             if options.function is None:
                 complain(parser.format_help().rstrip())

@@ -2967,6 +2967,16 @@ class ImportTest(unittest.TestCase):
         world.refresh("a b")
         self.assertEqual(world.posts[-1].form["refresh_token"], "rt0")
 
+    def test_who_waits_for_a_login_that_it_ends_is_not_told_that_it_worked(self):
+        world = World()
+        (browser, waiting) = world.approve(), world.park("showtoken:withurl,wait=60 x")
+        world.ask("import:rt0 x")
+        self.assertIn("This authorization request is void", text_of(browser[0])[1])
+        self.assertEqual(waiting, [])
+        world.wait(0)
+        world.posts.pop().grant("at2")
+        self.assertEqual(waiting, ["access_token:at2"])
+
     def test_it_takes_the_place_of_a_login_that_has_begun(self):
         world = World()
         state = world.state()
@@ -2987,11 +2997,11 @@ class ImportTest(unittest.TestCase):
     def test_bad_requests_change_nothing(self):
         world = World.authorised()
         for request, reply in (
-            ("import:", "error:No account"), ("import:rt0", "error:No account"),
+            ("import:", "error:A refresh token is"), ("import:rt0", "error:No account"),
             ("import: x", "error:A refresh token is printable ASCII"),
             ("import:r\u00e9 x", "error:A refresh token is printable ASCII"),
             ("import:a\nb x", "error:A refresh token is printable ASCII"),
-            ("import:rt0 y", "error:No account 'y'"),
+            ("import:rt0 y", "error:No account 'y'"), ("import:\u00e9 y", "error:A refresh token"),
         ):
             self.assertTrue(world.ask(request).startswith(reply), world.ask(request))
         self.assertEqual(world.show(), "access_token:at1")
@@ -3141,6 +3151,21 @@ class ProviderFitTest(unittest.TestCase):
             post.answer(200, b"")
             self.assertEqual((world.show(), world.auth._errors), (login, {}))
 
+    def test_a_revocation_that_waits_for_the_secret_ends_with_a_reload(self):
+        extra = 'revoke_uri = "https://r.example/"; client_secret_cmd = "c";'
+        for text in (account("y"), account("x", 'client_secret = "new";'), account("x", extra)):
+            world = self.pending(extra)
+            world.commands.pop().end(0, b"old")
+            world.posts.pop().grant()
+            world.auth._secrets.clear()
+            world.ask("revoke:x")
+            command = world.commands.pop()
+            world.reload(text)
+            command.end(0, b"old")
+            self.assertEqual((world.posts, world.auth._secrets), ([], {}))
+            self.assertIn((pizauth.ERROR, "x is not revoked at the provider: the configuration was"
+                           " reloaded meanwhile"), world.logged)
+
     def test_a_revocation_that_fails_is_told_and_changes_nothing(self):
         world = self.pending('revoke_uri = "https://r.example/revoke";')
         world.posts.pop().grant("at1", "rt1")
@@ -3161,7 +3186,7 @@ class ProviderFitTest(unittest.TestCase):
 
     def test_a_wrong_issuer_is_refused_and_the_login_waits(self):
         world = World(account("x", 'issuer = "https://i.example";'))
-        for more in ("&code=c&iss=https://evil.example", "&code=c&iss=", "&error=no&iss=x",
+        for more in ("&code=c&iss=https://evil.example", "&code=c&iss=", "&error=no&iss=%1b[2Jx",
                      "&code=c&iss=https://i.example/"):
             (page,) = world.visit(f"/?state={world.state()}{more}")
             status, text = text_of(page)
@@ -3169,6 +3194,7 @@ class ProviderFitTest(unittest.TestCase):
             self.assertIn("The answer is not https://i.example&#x27;s: its &#x27;iss&#x27;", text)
             (reply,) = world.park(f"complete:state={world.state()}{more}")
             self.assertIn("error:The answer is not https://i.example's", reply)
+            self.assertTrue(reply.isprintable())
         self.assertEqual(world.posts, [])
         (page,) = world.visit(f"/?state={world.state()}&code=c&iss=x&iss=https://i.example")
         self.assertEqual(text_of(page)[0], 400)
@@ -6994,7 +7020,7 @@ class CommandLineTest(unittest.TestCase):
                     else:
                         self.assertEqual(text, encoded.decode() if "-x" in used else token)
             self.assertEqual(daemon.run("show", "work", "-w").stdout, f"{token}\n")
-            self.assertEqual(daemon.run("show", "-w", "work").stdout, f"{token}\n")
+            self.assertEqual(daemon.run("show", "-uw", "work").stdout, f"{token}\n")
             self.assertEqual(json.loads(daemon.run("status", "-j").stdout)[0]["state"], "active")
             for wrong in (("-w", "x", "work"), ("-w1.5", "work"), ("-w", "86401", "work"), ("-l",),
                           ("-l", "-5", "work"), ("-l", "", "work"), ("-x", "", "work"),
@@ -7134,6 +7160,7 @@ account "login.example.com" {
     issuer = "https://login.example.com/tenant";
     client_auth = "basic";
     client_id = "";  // fill in what the provider gave you for your client
+    // client_secret = "";  // and this one, if it gave you a secret
     // scopes = ["openid", "offline_access"];  // choose from these, and add those for mail
     redirect_uri = "http://localhost/";
 }
@@ -7184,7 +7211,7 @@ account "login.example.com" {
             with self.subTest(name=name, value=str(value)[:99]):
                 block = self.block(**{name: value})
                 self.assertRegex(block, r"\A[ -~\n]+\Z")
-                self.assertEqual(len(block.splitlines()), 11)
+                self.assertEqual(len(block.splitlines()), 12)
                 self.assertLess(set(usual[:-1]), set(block.splitlines()))
                 self.parsed(block)
                 uri = self.parsed(block.replace("// device", "device")).token_uri
@@ -8005,6 +8032,8 @@ class EndToEndTest(unittest.TestCase):
             self.configure(daemon, f'https_cert = "{path}"; https_key = "{directory}/key";', https)
             self.assertEqual(daemon.run("reload").returncode, 0)
             self.assertIn(shown(), first)
+            self.configure(daemon, f'https_cert = "{path}";')  # no account needs it
+            self.assertEqual(daemon.run("reload").returncode, 0)
             self.configure(daemon, "", https)
             self.assertEqual(daemon.run("reload").returncode, 0)  # one is made again
             self.assertNotIn(shown(), first + second)
