@@ -1008,7 +1008,7 @@ def claimed_users(answer: dict[str, Any]) -> tuple[str, ...]:
             claims = json_object(base64.urlsafe_b64decode(payload + "==")) or {}
             users = [claims[claim] for claim in USER_CLAIMS if isinstance(claims.get(claim), str)]
             if users:
-                return tuple(map(printable, users))
+                return tuple(printable(user)[:254] for user in users)  # RFC 5321 4.5.3.1.3
     return ()
 
 
@@ -1957,7 +1957,11 @@ class Authenticator:
         self._log(INFO, f"{name}: revoked at the provider")
 
     def _revocation_failed(self, name: str, _token: None, error: TokenError) -> None:
-        self._failed(name, f"{name} is revoked here, but not at the provider: {error}", ERROR)
+        message = printable(f"{name} is revoked here, but not at the provider: {error}")
+        if self._tokens.get(name) is None:
+            self._failed(name, message, ERROR)
+        else:  # there is another login, which this is no fault of
+            self._log(ERROR, message)
 
     # What is asked of a provider: the urgency, the option with the address, what reads a good
     # answer, and what follows from a good and from a bad one.
@@ -2112,8 +2116,9 @@ class Authenticator:
         self._errors.pop(account.name, None)
         self._tell_waiters(account.name, "failed", SUPERSEDED)  # nobody knows yet if it is good
         # The access token is a placeholder, which has expired: dumps need one.
-        self._replace(account.name, Active(access_token="none", obtained_at=now, expires_at=now,
-                                           refresh_token=refresh_token, wanted=True), None)
+        self._replace(account.name, Active(
+            access_token="not-yet-refreshed", obtained_at=now, expires_at=now,
+            refresh_token=refresh_token, wanted=True), None)
         answer(b"ok:")
 
     def _refresh_now(self, rest: bytes, answer: Answer) -> None:
@@ -2178,7 +2183,7 @@ class Authenticator:
                 return
             try:
                 life = token.expires_at - token.obtained_at
-                if life < wish["life"]:
+                if left > 0 and life < wish["life"] + 1:  # a fresh one would be too old at once
                     raise RequestError(f"The access tokens of {name} last only {life:.0f} s:"
                                        " give -l less than that")
                 self._refresh_soon(name, token)
@@ -3407,6 +3412,9 @@ def bind_inet(host: str, port: int, flags: int = 0) -> socket.socket:
 def tls_context(certificate: str, key: str | None = None) -> ssl.SSLContext:
     """A context with a certificate and its key, read from files. Raises OSError or ValueError."""
     import ssl
+    for path in (certificate, key or certificate):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe could block
+            raise ValueError(f"{path} is not a regular file")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # each would cost a handshake
@@ -3464,7 +3472,7 @@ class Server:
         # is kept to the end; the other is in use.
         self.minted: tuple[ssl.SSLContext, Fields] | None = None
         self.certificate: tuple[ssl.SSLContext, Fields] | None = None
-        self.newest = config  # asked for last; it is taken once it has its certificate
+        self.newest = config  # the last one that was taken, or that waits for its certificate
         self.redirects: dict[Place, list[Listener]] = {}
         self.control_id: tuple[int, int] | None = None
         self.control_checked = self.clock.now()
@@ -3589,7 +3597,6 @@ class Server:
 
     def configure(self, config: Config, then: Reloaded) -> None:
         """Take a configuration, and first read or make the certificate that it needs."""
-        self.newest = config
         if not config.addresses("https"):
             self._apply(config, None, "", then)
         elif config.https_cert is not None:
@@ -3603,6 +3610,7 @@ class Server:
         elif self.minted is not None:
             self._apply(config, self.minted, "", then)
         else:
+            self.newest = config
             self.children.add(Job(kind="mint", work=mint_certificate, limit=MINT_LIMIT,
                                   then=partial(self._minted, then)))
 
@@ -3639,7 +3647,7 @@ class Server:
                 sock.close()
             then(error)
             return
-        self.certificate = certificate
+        self.certificate, self.newest = certificate, config
         self.authenticator.about_https = certificate[1] if certificate else {}
         self.authenticator.reconfigure(config, self.swap_listeners(wanted, bound))
         then(None)
@@ -3863,7 +3871,9 @@ def request_with_reason(verb: bytes, words: str, account: str, patience: float =
     try:
         return request(verb, f"{words} ".encode() + os.fsencode(account), patience)
     except Refused as error:
-        raise Refused(last_error(account) + str(error), error.pending) from None
+        reason, text = last_error(account), str(error)
+        told = text.startswith(reason.rstrip("; "))  # a login that failed while we waited
+        raise Refused(text if told else reason + text, error.pending) from None
 
 
 def last_error(account: str) -> str:
@@ -3974,7 +3984,13 @@ def account_block(issuer: str, metadata: dict[str, Any]) -> str:
 def discover(options: argparse.Namespace) -> None:
     """Print an account by an issuer's metadata (OpenID Connect Discovery 1.0 4, RFC 8414 3)."""
     server_imports()
+
+    def too_late(*_: object) -> NoReturn:
+        raise PizauthError(f"No metadata within {TOKEN_REQUEST_LIMIT} s: try again later")
+
     socket.setdefaulttimeout(CLIENT_TIMEOUT)
+    signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(TOKEN_REQUEST_LIMIT)
     typed = options.issuer if "://" in options.issuer else f"https://{options.issuer}"
     issuer = provider_uri("issuer", typed).removesuffix("/")
     for uri in (issuer + "/.well-known/openid-configuration", re.sub(

@@ -3173,6 +3173,13 @@ class ProviderFitTest(unittest.TestCase):
         login = world.show()
         world.posts.pop().answer(503, b"rt1")
         self.assertEqual(world.show(), login)
+        self.assertNotIn("revoked here", world.status())  # of the new login
+        self.assertIn("x is revoked here, but not at the provider: HTTP 503",
+                      [text for _, text in world.logged])
+        world = self.pending('revoke_uri = "https://r.example/revoke";')
+        world.posts.pop().grant("at1", "rt1")
+        world.ask("revoke:x")
+        world.posts.pop().answer(503, b"rt1")
         self.assertRegex(world.status(), "x is revoked here, but not at the provider: HTTP 503$")
 
     def test_nothing_is_revoked_where_there_is_no_token_or_no_address(self):
@@ -3254,6 +3261,11 @@ class ProviderFitTest(unittest.TestCase):
             self.assertEqual(world.show(), f"access_token:{token}")
             self.assertIn((pizauth.WARNING, "x: the provider does not say who has logged in, so"
                            " that expect_user is of no use"), world.logged)
+
+    def test_a_name_of_any_length_is_cut(self):
+        world = self.pending('expect_user = "me";')
+        world.posts.pop().grant(id_token=jwt(email="x" * 300_000))
+        self.assertLess(len(world.status()), 600)
 
     def test_a_refresh_is_not_asked_whose_it_is(self):
         world = self.pending('expect_user = "me";')
@@ -3396,7 +3408,8 @@ class ShowTest(unittest.TestCase):
             self.assertEqual(self.show(world, *words), [told.format(60)])
         self.assertEqual(world.posts, [])
         world.wait(2)
-        waiting = self.show(world, "life=60", "wait=5")
+        self.assertEqual(self.show(world, "life=60"), [told.format(60)])
+        waiting = self.show(world, "life=59", "wait=5")
         world.posts.pop().grant("short", expires_in=30)
         self.assertEqual(waiting, [told.format(30)])
 
@@ -6999,6 +7012,8 @@ class CommandLineTest(unittest.TestCase):
             self.fails(self.replied([pending, status], *command), f"{reason}Access token {url}")
         self.fails(self.replied([b"error:Access token has expired", status], "show", "x"),
                    f"{reason}Access token has expired")
+        told = b"error:Refreshing x failed: HTTP 400: gone"
+        self.fails(self.replied([told, status], "show", "x"), told[6:].decode())
 
     def test_every_flag_of_show_alone_and_every_pair(self):
         with Daemon(account("work")) as daemon:
@@ -8019,6 +8034,12 @@ class EndToEndTest(unittest.TestCase):
             write(second)
             self.assertEqual(daemon.run("reload").returncode, 0)
             self.assertIn(shown(), second)
+            os.mkfifo(f"{directory}/pipe")
+            for used, error in ((f"{directory}/pipe", "pipe is not a regular file"),
+                                (f"{directory}/none", f"No such file or directory: '{directory}/")):
+                self.configure(daemon, f'https_cert = "{used}";', https)
+                self.assertIn(error, daemon.run("reload").stderr)
+            self.configure(daemon, f'https_cert = "{path}";', https)
             for text, error in (("junk", f"Cannot use https_cert {path}: "), (first[:300], path)):
                 write(text)
                 done = daemon.run("reload")
