@@ -7758,7 +7758,8 @@ class EndToEndTest(unittest.TestCase):
             with self.subTest(number=number):
                 daemon.run("revoke", "work")
                 master, terminal = os.openpty()
-                client = subprocess.Popen([*CACHED, "complete"], env=daemon.environment,
+                environment = {**daemon.environment, "TERM": "xterm"}
+                client = subprocess.Popen([*CACHED, "complete"], env=environment,
                                           stdin=terminal, stdout=terminal, stderr=terminal,
                                           start_new_session=True)
                 os.close(terminal)
