@@ -71,13 +71,13 @@ if TYPE_CHECKING:
     from typing import dataclass_transform  # novermin: mypy alone reads this
 
     Addresses = tuple[tuple[str, int], ...]  # hosts and ports of a listener
-    Place = tuple[str, Addresses]  # where a redirect listener is, after its scheme
+    Place = tuple[str, Addresses]  # scheme and addresses of a redirect listener
     Answered = TypeVar("Answered")  # a good answer of a provider's endpoint
     Answer = Callable[[bytes], None]  # gives a peer its reply; used once, now or on a later pass
     Cancel = Callable[[], None]  # stops work whose result is no longer wanted
     Ended = Callable[[Optional[int], bytes], None]  # takes a child's exit status and output
     Fields = dict[str, str]  # of a query, or the environment variables of a command
-    Form = list[tuple[str, str]]  # the fields of a token request, in order
+    Form = list[tuple[str, str]]  # the fields of a request to a provider, in order
     Reloaded = Callable[[Optional["PizauthError"]], None]  # takes why a reload failed, or None
     Token = Union["Pending", "Active"]  # what an account has, unless it is Empty
 else:
@@ -134,7 +134,8 @@ class RequestError(PizauthError):
 
 
 class BadRequest(PizauthError):
-    """A browser's bad request: answered by a page() of these arguments, and logged at `level`."""
+    """A redirect that cannot be used: a browser gets a page() of these arguments, `complete` the
+    text and the advice; the text is logged at `level`."""
 
     def __init__(self, status: int, text: str, advice: str = "", sign: str = "unknown",
                  level: int = DEBUG) -> None:
@@ -143,11 +144,13 @@ class BadRequest(PizauthError):
 
 
 class TokenError(PizauthError):
-    """The token endpoint gave no token. The text is cut to 500 printable characters; `error` is the
-    provider's error code (RFC 6749 5.2), if it gave one; `retry_after` is in seconds. `cause` is
+    """A request to a provider has failed. The text is cut to 500 printable characters; `error` is
+    the provider's error code (RFC 6749 5.2), if it gave one; `retry_after` is in seconds. `cause`:
 
-    refused       the provider says so, in the words of RFC 6749 5.2; the others are worth retrying
-    outage        no answer or secret, HTTP 408, 425, 429, 5xx: only then is an exchange retried
+    refused       in the words of RFC 6749 5.2, as a poll is with authorization_pending, too; the
+                  others are worth retrying
+    outage        no answer, no client secret, or HTTP 408, 425, 429 or 5xx: only then is a code
+                  exchange or the request for a device code retried
     passing       an error that passes by its name, or a login page of the network
     unexplained   HTTP 400 or 401 with JSON that is no OAuth error
     odd           any other answer
@@ -185,6 +188,7 @@ class Record:
 # Parser is the grammar.
 
 MANDATORY: Any = object()  # the default of an option that has none
+LOOPBACK = (("127.0.0.1", 0), ("::1", 0))  # any free port, the same for both families
 
 
 class Option:
@@ -257,7 +261,7 @@ class Account(Schedule):
     def redirect_port(self) -> int:
         """The port that is written in a redirect URI of this machine, or 0."""
         ours = is_loopback(normal_uri(self.redirect_uri))
-        return split_uri(self.redirect_uri).port or 0 if ours else 0
+        return (split_uri(self.redirect_uri).port or 0) if ours else 0
 
 
 class Config(Schedule):
@@ -288,10 +292,10 @@ class Config(Schedule):
         return [tuple((host, port) for host, _ in LOOPBACK) for port in dict.fromkeys(ports or [0])]
 
     def https_account(self) -> Account | None:
+        """The first account that redirects to https, if there is one."""
         return next((one for one in self.accounts.values() if one.redirect_scheme == "https"), None)
 
 
-LOOPBACK = (("127.0.0.1", 0), ("::1", 0))  # any free port, the same for both families
 RESERVED_KEYS = {  # of maps: pizauth sends these fields itself
     "auth_uri_fields": ("access_type", "client_id", "code_challenge", "code_challenge_method",
                         "redirect_uri", "response_type", "scope", "state"),
@@ -481,6 +485,7 @@ def is_loopback(uri: str) -> bool:
 
 
 def no_account(name: str, names: list[str]) -> str:
+    """The message for the name of an account that is not configured."""
     import difflib
     near = difflib.get_close_matches(name[:64], names, 1, 0.6)
     shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
@@ -771,7 +776,7 @@ class TokenResponse(Record):
     access_token: str
     expires_in: float | None
     refresh_token: str | None
-    users: tuple[str, ...]  # names of the person who has logged in, as far as it tells
+    users: tuple[str, ...]  # names of who has logged in; empty if it does not tell
 
 
 class DeviceResponse(Record):
@@ -844,10 +849,10 @@ def device_token_request(account: Account, device_code: str) -> Form:
             ("grant_type", "urn:ietf:params:oauth:grant-type:device_code")]
 
 
-def revocation_request(account: Account, token: Active) -> Form:
+def revocation_request(account: Account, access_token: str, refresh_token: str | None) -> Form:
     """The form that revokes an account's tokens (RFC 7009 2.1)."""
-    kind = "access_token" if token.refresh_token is None else "refresh_token"
-    return [("client_id", account.client_id), ("token", token.refresh_token or token.access_token),
+    kind = "access_token" if refresh_token is None else "refresh_token"
+    return [("client_id", account.client_id), ("token", refresh_token or access_token),
             ("token_type_hint", kind)]
 
 
@@ -889,10 +894,11 @@ def without_secrets(text: str, form: Form) -> str:
 
 
 def advised(words: str) -> str:
-    """A provider's words, and the ADVICE on them if there is any: together 500 characters."""
+    """A provider's words, and the ADVICE on them if there is any: at most 500 characters."""
     said = re.sub(r"\W+", " ", f" {words} ")
     for names, advice in ADVICE.items():
-        if any(f" {'AADSTS' * name.isdigit()}{name} " in said for name in names.split(", ")):
+        known = [f"AADSTS{name}" if name.isdigit() else name for name in names.split(", ")]
+        if any(f" {name} " in said for name in known):
             return f"{words[: 498 - len(advice)].rstrip('. ')}. {advice}"
     return words[:500]
 
@@ -1000,8 +1006,8 @@ def good_answer(answer: dict[str, Any]) -> TokenResponse:
 
 
 def claimed_users(answer: dict[str, Any]) -> tuple[str, ...]:
-    """The names of the person in the claims of an ID token, or else of an access token that is a
-    JWT. No signature is checked: the answer is the token endpoint's (OpenID Connect 3.1.3.7)."""
+    """The user's names in the claims of the ID token, or else of an access token that is a JWT. The
+    signature is not checked: the answer comes from the token endpoint (OpenID Connect 3.1.3.7)."""
     for name in ("id_token", "access_token"):
         with suppress(ValueError, IndexError):  # it is no JWT
             payload = str(answer.get(name)).split(".")[1]
@@ -1062,7 +1068,8 @@ HTTPS_HERE = ("it came by HTTPS to the HTTP port. Probably a program on localhos
 HTTP_HERE = "This port speaks HTTPS: is redirect_uri in pizauth.conf what it should be?"
 PASTE = ("paste all that the browser's address bar shows after the login, or at least all from the"
          " '?' on (a login with a code needs no 'complete')")
-AROUND = " \"'`<>()[].,;\u2018\u2019\u201c\u201d\u00ab\u00bb"  # a pasted address in some text
+# What may stand around a pasted address.
+AROUND = " \"'`<>()[].,;\u2018\u2019\u201c\u201d\u00ab\u00bb"
 TOO_MANY: dict[str, PizauthError] = {  # for peers that must make room
     "control": RequestError("Too many clients are connected at once, so this one was turned away:"
                             " 'pizauth status' tells how things are"),
@@ -1157,9 +1164,9 @@ def redirect_matches(redirect_uri: str, scheme: str, host: str, target: str) -> 
 
 
 def address_in(text: str) -> str:
-    """The address in a text: wrapped by a terminal, encoded by mail programs, amid other words."""
+    """The address in a pasted text, which a terminal may have wrapped or a mail program encoded,
+    and which may have words around it."""
     import quopri
-
     text = re.sub(r"(?m)^[>| ]+", "", text)  # a mail that is quoted in another one
     if "=3D" in text and re.fullmatch(r"[^=]*(?:=(?:[0-9A-F]{2}|\r?\n)[^=]*)+", text):
         text = quopri.decodestring(text.encode()).decode("utf-8", "replace")
@@ -1168,8 +1175,8 @@ def address_in(text: str) -> str:
     text = re.sub(r"\s*\n\s*", "", text)
     text = re.sub(r"&(?:(?:amp|#38|#x26);)+", "&", text, flags=re.I)
     text = re.sub(r'^[^?&=]*?(?:href="?)?(?=https?://)', "", text, flags=re.I).strip(AROUND)
-    text = re.split(r"[^!#-;=?-Z\\^-z|~]", text)[0].rstrip(AROUND)  # no URL holds these
-    half = text[: len(text) // 2]
+    text = re.split(r'[^!-~]|["<>{}\[\]]', text)[0].rstrip(AROUND)  # an address holds none of these
+    half = text[: len(text) // 2]  # it may have been pasted twice
     return half if half * 2 == text else text
 
 
@@ -1253,11 +1260,12 @@ def without_state(response: Fields) -> BadRequest:
 
 def error_reply(error: PizauthError, peer: str = "control") -> bytes:
     """The reply to a refused peer: a page for a browser, `error:` and a sentence for a client."""
-    text, advice = str(error), getattr(error, "advice", None)
-    if peer == "browser" and isinstance(error, BadRequest):
-        return page(error.status, error.sign, text, advice or LOG_IN_AGAIN)
-    if advice is not None:
-        text = f"{text.rstrip('.')}. {advice or LOG_IN_AGAIN}"
+    text = str(error)
+    if isinstance(error, BadRequest):
+        advice = error.advice or LOG_IN_AGAIN
+        if peer == "browser":
+            return page(error.status, error.sign, text, advice)
+        text = f"{text.rstrip('.')}. {advice}"
     return f"error:{text}".encode("utf-8", "replace")
 
 
@@ -1323,8 +1331,8 @@ class Pending(Record):
         """The state as `status` prints it."""
         notified = ("" if self.notified_at is None
                     else f" (last notification {clock.date(self.notified_at)})")
-        device = f"; open {self.url} and enter {self.user_code}" if self.user_code else ""
-        device = device if self.url else "; the provider has not given a login code yet"
+        device = ("; the provider has not given a login code yet" if not self.url else
+                  f"; open {self.url} and enter {self.user_code}" if self.user_code else "")
         return f"Access token pending authentication{notified}{device}"
 
 
@@ -1629,11 +1637,21 @@ NO_REFRESH_TOKEN = ("the provider gave no refresh token, so this account must be
 
 
 class Waiter(Record):
-    """A peer that is kept waiting until its account's login has an outcome."""
+    """A peer that waits for an account's token, or for the URL of its login."""
 
     account: str
-    until: float  # when it is told that there is no outcome yet
+    until: float  # when it is told that there is none yet
     tell: Callable[[str, str], None]  # takes a key of SIGNS, and a sentence for the person
+
+
+class Asked(Record):
+    """A request to a provider, on its way."""
+
+    what: str  # a key of Authenticator._REQUESTS
+    account: Account
+    form: Form
+    fresh: bool  # client_secret_cmd has printed its secret just now
+    hidden: Form = []  # the secrets in what is sent, which nothing told may hold
 
 
 class Authenticator:
@@ -1680,6 +1698,7 @@ class Authenticator:
         return self._deadline
 
     def run_due(self) -> None:
+        """Do everything that is due by now."""
         now = self._clock.now()
         if self.deadline() > now:
             return
@@ -1718,6 +1737,7 @@ class Authenticator:
             self._tell_waiters(name, "failed", told)
 
     def _tell_waiters(self, name: str, sign: str, text: str) -> None:
+        """Tell the peers that wait for an account's login how it went."""
         waiters = [waiter for waiter in self._waiters if waiter.account == name]
         self._waiters = [waiter for waiter in self._waiters if waiter.account != name]
         for waiter in waiters:
@@ -1785,6 +1805,7 @@ class Authenticator:
         self._ask(login.what, name, login, login.form or [])
 
     def _proceed_failed(self, name: str, pending: Pending, error: TokenError) -> None:
+        """The request has failed: try again after an outage, or give the login up."""
         if error.cause == "outage" and pending.tries < CODE_TRIES:
             wait = error.retry_after if isinstance(pending, DeviceLogin) else 0  # a code ages
             pending.retry_at = self._clock.now() + max(CODE_RETRY_INTERVAL, wait)
@@ -1832,44 +1853,44 @@ class Authenticator:
         client_secret_cmd has printed it just now."""
         account, (kind, option, *_) = self.config.accounts[name], self._REQUESTS[what]
         secret = self._secrets.get(name, account.client_secret)
+        asked = Asked(what=what, account=account, form=form, fresh=fresh)
         if account.client_secret_cmd is not None and secret is None:
-            printed = partial(self._secret_printed, what, form, account)
+            printed = partial(self._secret_printed, asked)
             cancel = self._run(account.client_secret_cmd, {"PIZAUTH_ACCOUNT": name}, SECRET_LIMIT,
                                partial(self._go_on, printed, name, old), True)
         else:
             sent, authorization = authenticated(account, form, secret)
-            hidden = [*sent, ("client_secret", secret or ""),
-                      ("client_secret", authorization.rpartition(" ")[2]),
-                      ("access_token", old.access_token if isinstance(old, Active) else "")]
-            answered = partial(self._answered, what, hidden, fresh)
+            asked.hidden = [*sent, ("client_secret", secret or ""),
+                            ("client_secret", authorization.rpartition(" ")[2]),
+                            ("access_token", old.access_token if isinstance(old, Active) else "")]
+            answered = partial(self._answered, asked)
             cancel = self._post(kind, normal_uri(getattr(account, option)), sent, authorization,
                                 partial(self._go_on, answered, name, old))
         if old is not None:
             old.cancel = cancel
         self._deadline = None
 
-    def _secret_printed(self, what: str, form: Form, account: Account, name: str,
-                        old: Token | None, status: int | None, output: bytes) -> None:
+    def _secret_printed(self, asked: Asked, name: str, old: Token | None, status: int | None,
+                        output: bytes) -> None:
         """Handle the end of client_secret_cmd: go on with the request."""
-        if old is None and self.config.accounts.get(name) is not account:
+        if old is None and self.config.accounts.get(name) is not asked.account:
             self._log(ERROR, f"{name} is not revoked at the provider: the configuration was"
                              " reloaded meanwhile")
             return
         try:
             self._secrets[name] = printed_secret(status, output)
         except TokenError as error:
-            self._REQUESTS[what][-1](self, name, old, error)
+            self._REQUESTS[asked.what][-1](self, name, old, error)
         else:
-            self._ask(what, name, old, form, fresh=True)
+            self._ask(asked.what, name, old, asked.form, fresh=True)
 
-    def _answered(self, what: str, hidden: Form, fresh: bool, name: str, old: Token | None,
-                  outcome: bytes) -> None:
-        """Judge the outcome of a request; nothing told holds the hidden secrets."""
-        _, option, read, good, failed = self._REQUESTS[what]
+    def _answered(self, asked: Asked, name: str, old: Token | None, outcome: bytes) -> None:
+        """Judge the outcome of a request, and go on by _REQUESTS."""
+        _, option, read, good, failed = self._REQUESTS[asked.what]
         try:
-            response = judged(outcome, hidden, read, option)
+            response = judged(outcome, asked.hidden, read, option)
         except TokenError as error:
-            if (error.error == "invalid_client" and not fresh
+            if (error.error == "invalid_client" and not asked.fresh
                     and self._secrets.pop(name, None) is not None):  # it may have been renewed
                 error = TokenError(str(error), "outage")
             failed(self, name, old, error)
@@ -1949,14 +1970,17 @@ class Authenticator:
             self._failed(name, message, ERROR)
 
     def _expire(self, name: str, token: Active) -> None:
+        """An access token without refresh token has expired."""
         self._replace(name, None, "token_invalidated")
         self._failed(name, f"The access token of {name} has expired, and the provider had given no"
                            " refresh token: log in again", ERROR)
 
     def _revoked(self, name: str, _token: None, answer: object) -> None:
+        """The provider has revoked tokens, of a login that has ended here."""
         self._log(INFO, f"{name}: revoked at the provider")
 
     def _revocation_failed(self, name: str, _token: None, error: TokenError) -> None:
+        """It has not, and is not asked again."""
         message = printable(f"{name} is revoked here, but not at the provider: {error}")
         if self._tokens.get(name) is None:
             self._failed(name, message, ERROR)
@@ -1978,6 +2002,7 @@ class Authenticator:
         "tell of fault": _tell_of_fault}
 
     def _login_failed(self, name: str, event: str | None, message: str) -> None:
+        """The login has ended in failure: forget it, and tell the person."""
         self._replace(name, None, event, message)
         self._report(name, message)
 
@@ -2036,7 +2061,7 @@ class Authenticator:
         response = authorization_response(target.partition("?")[2])
         if "state" not in response:
             raise without_state(response)
-        # A login's state has 256 random bits (RFC 6749 10.12); an empty one is of other logins.
+        # A login's state has 256 random bits (RFC 6749 10.12); device logins have an empty one.
         state = response["state"] or "none"
         name = next((name for name, one in self._tokens.items() if one and one.state == state), "")
         if not name:
@@ -2064,6 +2089,7 @@ class Authenticator:
                    lambda sign, text: answer(login_reply(peer, name, sign, text)))
 
     def _wait(self, name: str, until: float, tell: Callable[[str, str], None]) -> None:
+        """Keep a peer waiting for the outcome of an account's login."""
         self._waiters.append(Waiter(account=name, until=until, tell=tell))
         self._deadline = None
 
@@ -2155,7 +2181,8 @@ class Authenticator:
         self._errors.pop(account.name, None)
         self._replace(account.name, None, "token_revoked", SUPERSEDED)
         if isinstance(token, Active) and account.revoke_uri is not None:
-            self._ask("revoke", account.name, None, revocation_request(account, token))
+            self._ask("revoke", account.name, None, revocation_request(
+                account, token.access_token, token.refresh_token))
         answer(b"ok:")
 
     def _showtoken(self, rest: bytes, answer: Answer) -> None:
@@ -2228,7 +2255,7 @@ class Authenticator:
         b"refresh": _refresh_now, b"reload": _reload, b"restore": _restore, b"revoke": _revoke,
         b"showtoken": _showtoken, b"shutdown": _shutdown, b"status": _status}
 
-    _ALONE = (b"dump", b"info", b"reload", b"shutdown", b"status")  # they take nothing
+    _ALONE = (b"dump", b"info", b"reload", b"shutdown", b"status")  # and nothing more
 
     def control(self, request: bytes, answer: Answer) -> None:
         """Answer a control client's request. Raises PizauthError."""
@@ -2331,6 +2358,7 @@ class Authenticator:
                 self._request_authorization(account)
 
     def answer_waiting(self) -> None:
+        """Tell the peers that wait for a login that there will be no outcome."""
         for name in self._tokens:
             self._tell_waiters(name, "failed", "pizauth was stopped: start it again.")
 
@@ -2345,9 +2373,11 @@ AFTER_SUSPEND = 5  # Seconds more for a child whose limit passed while the machi
 DESCRIPTORS = 1024  # The soft limit: enough for all connections, and quick to close in a child.
 
 
-def run_child(job: Job, pipe: int, nice: int) -> NoReturn:
+def run_child(work: Callable[[], bytes], pipe: int, limit: float, nice: int,
+              capture: bool) -> NoReturn:
     """The child's side of fork(): release the server's resources, send the result, exit. If work()
-    raises, the exit status is 1 and the exception's text is sent."""
+    raises, the exit status is 1 and the exception's text is sent. `capture`: work() is a command,
+    whose standard output is the result."""
     status = 1
     try:
         os.nice(nice)  # first: the server's clients have priority
@@ -2358,14 +2388,14 @@ def run_child(job: Job, pipe: int, nice: int) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if job.limit < FOR_EVER:
-            signal.alarm(int(job.limit) + AFTER_SUSPEND + 2)  # in case the server has died
+        if limit < FOR_EVER:
+            signal.alarm(int(limit) + AFTER_SUSPEND + 2)  # in case the server has died
         os.closerange(3, pipe)  # else we would keep a dead server's port and lock
         os.closerange(pipe + 1, DESCRIPTORS)
         try:
-            if job.capture:
+            if capture:
                 os.dup2(pipe, 1)
-            output, status = job.work(), int(job.capture)  # else no shell has started
+            output, status = work(), int(capture)  # a captured command returns if no shell starts
         except PizauthError as error:
             output = str(error).encode()
         except Exception as error:  # a bug, or a module that was removed: the server reports it
@@ -2627,6 +2657,7 @@ class Loop:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def handle_signals(self) -> None:
+        """Call the handlers of the signals that have come."""
         caught, self.caught = self.caught, set()  # first, so that a later signal is not lost
         for number in self.signals:
             if number in caught:
@@ -2744,6 +2775,7 @@ class Children:
         return min([self.start_at, *(job.due for job in self.running.values())])
 
     def run_due(self) -> None:
+        """Kill children at their limit, and start a job."""
         now = self.loop.clock.now()
         if any(job.due <= now for job in self.running.values()):
             self.reap()  # first: a result that has come is not lost to the limit
@@ -2828,7 +2860,7 @@ class Children:
         try:
             job.pid = os.fork()
             if job.pid == 0:
-                run_child(job, writer, NICE if job.host else 0)
+                run_child(job.work, writer, job.limit, NICE if job.host else 0, job.capture)
             self.loop.selector.register(reader, selectors.EVENT_READ, partial(self._read, job))
         except OSError:  # there is no process, or no memory to watch its pipe
             os.close(reader)
@@ -3080,6 +3112,7 @@ class Listener:
                 Exchange(self.connections, sock, self.service).proceed()
 
     def close(self) -> None:
+        """Stop listening, and give the port back."""
         if self in self.connections.paused:
             self.connections.paused.remove(self)
         else:
@@ -3113,6 +3146,7 @@ class Connections:
         return min([one.due for one in timed], default=FOR_EVER)
 
     def run_due(self) -> None:
+        """Close the connections whose time is up, and accept again where that was paused."""
         now = self.loop.clock.now()
         for exchange in self.all():
             if exchange.due <= now:
@@ -3127,8 +3161,10 @@ class Connections:
         return [exchange for some in self.exchanges.values() for exchange in some]
 
     def make_room(self, peer: str) -> None:
-        """At the cap of this kind of peer, end those that hung up; else the one that has been
-        reading longest, but if it has just begun and few read, one that writes, drains or waits."""
+        """Make room at the cap of this kind of peer. Parked clients that hung up are closed first.
+        Otherwise one exchange ends: the one that has been reading longest; but if it began less
+        than FAIR_TIME ago, and fewer than half are reading, one that writes or drains, or else the
+        one that has been parked longest."""
         exchanges = self.exchanges[peer]
         if len(exchanges) >= CAPS[peer]:
             self.close_hung_up()
@@ -3266,7 +3302,8 @@ def config_path(given: str | None) -> str:
 
 def load_config(path: str, warn: Callable[[str], None], reloading: bool = False) -> Config:
     """Read and parse a file. A reload refuses pipes, which could block. Raises PizauthError.
-    Calls warn(sentence) if other users can change the file, or read a client_secret in it."""
+    Calls warn(sentence) if other users can change the file, or read a client_secret in it, or if an
+    endpoint is plain http."""
     try:
         more = os.O_NONBLOCK if reloading else 0
         with open(path, "rb", opener=lambda path, flags: os.open(path, flags | more)) as file:
@@ -3293,9 +3330,11 @@ def load_config(path: str, warn: Callable[[str], None], reloading: bool = False)
         elif mode & stat.S_IROTH and any(one.client_secret for one in config.accounts.values()):
             warn(f"Other users can read the client_secret in {path}: run 'chmod 600 {path}'")
     for account in config.accounts.values():
-        uris = {name: normal_uri(getattr(account, name) or "https://unset") for name in (
-            "auth_uri", "token_uri", "device_auth_uri", "revoke_uri")}
-        plain = [name for name, uri in uris.items() if uri[:5] == "http:" and not is_loopback(uri)]
+        uris = {name: normal_uri(uri) for name in (
+            "auth_uri", "token_uri", "device_auth_uri", "revoke_uri")
+            if (uri := getattr(account, name))}
+        plain = [name for name, uri in uris.items()
+                 if uri.startswith("http:") and not is_loopback(uri)]
         if plain:
             warn(printable(f"Others on the network can read what account {account.name} sends:"
                            f" write https: in {' and '.join(plain)}"))
@@ -3843,7 +3882,7 @@ def ask(request: bytes, patience: float = 0) -> bytes:
 
 
 class Refused(PizauthError):
-    """The server's own reason for an error; `pending` if it is that the person must log in."""
+    """The server answered `error:` or `pending:`; the latter if the person must log in."""
 
     def __init__(self, text: str, pending: bool) -> None:
         super().__init__(text)
@@ -3965,12 +4004,15 @@ def account_block(issuer: str, metadata: dict[str, Any]) -> str:
     if "token_uri" not in uris or not {"auth_uri", "device_auth_uri"} & uris.keys():
         raise PizauthError(f"The metadata of {issuer} lacks endpoints: write the account by hand")
     # JSON's strings are printable ASCII; those of URIs are also the configuration's.
-    lines = [f"{option} = {json.dumps(uri)};" for option, uri in (*uris.items(), ("issuer", found))]
-    if "auth_uri" in uris and "device_auth_uri" in uris:
-        lines[1] = f"// {lines[1]}  // logs in with a code instead"
+    lines = []
+    for option, value in (*uris.items(), ("issuer", found)):
+        choice = option == "device_auth_uri" and "auth_uri" in uris
+        lines.append(f"// {option} = {json.dumps(value)};  // logs in with a code instead" if choice
+                     else f"{option} = {json.dumps(value)};")
     methods = metadata.get("token_endpoint_auth_methods_supported", ["client_secret_basic"])
-    if isinstance(methods, list) and "client_secret_post" not in methods:
-        lines += ['client_auth = "basic";'] if "client_secret_basic" in methods else []
+    if (isinstance(methods, list) and "client_secret_basic" in methods
+            and "client_secret_post" not in methods):
+        lines.append('client_auth = "basic";')
     scopes = metadata.get("scopes_supported")
     known = [one for one in scopes if isinstance(one, str)] if isinstance(scopes, list) else []
     return "\n    ".join([
